@@ -1,0 +1,123 @@
+"""Settings of every process, from `HALFSTEP_…` variables and `.env`; unsafe combinations are refused here.
+
+Secrets may come from files: `HALFSTEP_DATABASE_URL_FILE` names a file whose content is the URL, and so for
+each setting in `_FROM_FILE`.
+"""
+
+import ipaddress
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+_FROM_FILE = ("DATABASE_URL", "BROKER_URL", "BOOTSTRAP_KEY")
+
+
+class Settings(BaseSettings):
+    """One immutable object per process; read once at its edge and handed inward."""
+
+    model_config = SettingsConfigDict(env_prefix="HALFSTEP_", env_file=".env", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(default=Path("~/.local/share/halfstep"), description="SQLite file, broker socket, checkpoints, job logs.")
+    database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data directory.")
+    broker_url: str = Field(default="", description="redis:// URL; empty: the embedded Valkey on a socket in the data directory.")
+    host: str = Field(default="127.0.0.1", description="Address the API binds.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port the API binds.")
+    lease_seconds: float = Field(default=60.0, gt=0, description="How long a job stays claimed without a heartbeat.")
+    heartbeat_seconds: float = Field(default=10.0, gt=0, description="Between heartbeats; at most a third of the lease.")
+    stall_seconds: float = Field(default=600.0, gt=0, description="Without progress for this long (or 20 median steps), a job is stalled.")
+    no_worker_seconds: float = Field(default=600.0, gt=0, description="A queued job that no live worker could run for this long fails.")
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    worker_slots: int = Field(default=1, ge=1, le=64, description="Jobs at a time on a CPU worker; a GPU worker has one per device.")
+    worker_device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device that this worker offers.")
+    worker_name: str = Field(default="", description="Shown in GET /workers; empty: the host's name.")
+    worker_threads: int = Field(default=0, ge=0, description="torch threads of one job; 0: torch's own choice over the slots.")
+    drain_seconds: float = Field(default=25.0, gt=0, description="A stopping worker's time for a last checkpoint, then SIGKILL.")
+    component_modules: tuple[str, ...] = Field(default=(), description="Python modules whose import registers components.")
+    text_roots: tuple[Path, ...] = Field(
+        default=(), description="Directories that the `text` dataset may read; empty: the Python standard library only."
+    )
+    dispatch_seconds: float = Field(default=1.0, gt=0, description="Between rounds of the dispatcher and reaper.")
+    bootstrap_key: str = Field(default="", description="An API key (tk_…) that `halfstep migrate` stores, hashed, if it is not there.")
+    max_body_bytes: int = Field(default=1_048_576, ge=1024)
+
+    def __init__(self, **values: object) -> None:
+        for name in _FROM_FILE:
+            path = os.environ.get(f"HALFSTEP_{name}_FILE")
+            if path and name.lower() not in values and f"HALFSTEP_{name}" not in os.environ:
+                try:
+                    values[name.lower()] = Path(path).read_text(encoding="utf-8").strip()
+                except OSError as error:
+                    message = f"HALFSTEP_{name}_FILE names {path}, which cannot be read ({error.strerror})"
+                    raise ValueError(message) from error
+        super().__init__(**values)  # type: ignore[arg-type]  # values are validated by the base class
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().resolve()
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if not url:
+            return url
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise ValueError("is not a database URL; use sqlite:////path or postgresql://user:password@host/name") from error
+        backend = parsed.get_backend_name()
+        if backend == "postgresql":
+            return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        if backend == "sqlite" and parsed.database:
+            return url
+        raise ValueError("must be a SQLite file or PostgreSQL; use sqlite:////path or postgresql://user:password@host/name")
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, url: str) -> str:
+        if url and not url.startswith(("redis://", "rediss://", "redis+socket://", "unix://")):
+            raise ValueError("must be a redis://, rediss:// or unix:// URL, or empty for the embedded broker")
+        return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.heartbeat_seconds * 3 > self.lease_seconds:
+            message = (
+                f"HALFSTEP_HEARTBEAT_SECONDS={self.heartbeat_seconds:g} leaves no room for two missed beats within "
+                f"HALFSTEP_LEASE_SECONDS={self.lease_seconds:g}; use at most a third of the lease"
+            )
+            raise ValueError(message)
+        return self
+
+    @cached_property
+    def sql_url(self) -> str:
+        """The database to use, with the default filled in."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'halfstep.db'}"
+
+    @cached_property
+    def broker_socket(self) -> Path:
+        """Where the embedded broker listens. A Unix socket's path is limited to 107 bytes."""
+        return self.data_dir / "broker.sock"
+
+    @cached_property
+    def celery_broker_url(self) -> str:
+        """The broker to use, with the embedded default filled in."""
+        return self.broker_url or f"redis+socket://{self.broker_socket}"
+
+    @cached_property
+    def loopback_only(self) -> bool:
+        """True when the API's address is reachable from this machine alone."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
