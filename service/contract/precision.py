@@ -1,8 +1,8 @@
 """What a mixed-precision configuration may say, and what it means on a given device.
 
 Here live the fields, their ranges, the rules between fields and the mode x level table, shared by the API
-(which has no torch) and the engine. No tensor, device probe or training step belongs here: the caller describes
-the device with `DeviceCapability`.
+(which has no torch) and the engine. No tensor, device probe or training step belongs here: the caller
+describes the device with `DeviceCapability`.
 """
 
 import math
@@ -79,9 +79,9 @@ LayerPatterns = Annotated[tuple[LayerPattern, ...], Field(max_length=1000)]
 class MixedPrecisionConfig(BaseModel):
     """One frozen description of how a model is trained in mixed precision.
 
-    Every argument is by keyword. Booleans and numbers are strict: no string is a number, no boolean is one, and
-    an integer is accepted where a real number is asked for. A contradiction raises `pydantic.ValidationError`,
-    each error located at its field, with the remedy in its message.
+    Every argument is by keyword. Booleans and numbers are strict: no string is a number, no boolean is one,
+    and an integer is accepted where a real number is asked for. A contradiction raises
+    `pydantic.ValidationError`, each error located at its field, with the remedy in its message.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,7 +96,8 @@ class MixedPrecisionConfig(BaseModel):
     )
     precision_level: PrecisionLevel = Field(
         default=PrecisionLevel.MIXED,
-        description="The low precision; 'mixed' is float16 on CUDA and bfloat16 on a CPU, 'dynamic' is bfloat16 "
+        description="The low precision; 'mixed' is float16 on CUDA and bfloat16 on a CPU, 'dynamic' is "
+        "bfloat16 "
         "where the device has it natively, else float16.",
     )
     loss_scaling: Flag = Field(
@@ -141,7 +142,8 @@ class MixedPrecisionConfig(BaseModel):
     )
     overflow_handling: Flag = Field(
         default=True,
-        description="Skip an overflowed step and follow the scale policy. False: skip it, and raise NonFiniteGradient "
+        description="Skip an overflowed step and follow the scale policy. False: skip it, and raise "
+        "NonFiniteGradient "
         "at the next decision step.",
     )
     underflow_handling: Flag = Field(
@@ -204,7 +206,8 @@ class MixedPrecisionConfig(BaseModel):
             problems.append(("precision_level", refusal))
         if self.min_scale > self.max_scale:
             reason = (
-                f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}: lower min_scale or raise "
+                f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}: lower min_scale or "
+                f"raise "
                 "max_scale"
             )
             problems.append(("min_scale", reason))
@@ -216,13 +219,15 @@ class MixedPrecisionConfig(BaseModel):
             problems.append(("initial_scale", reason))
         if self._cell_can_scale and self.loss_scaling and not self.gradient_scaling:
             reason = (
-                "gradient_scaling is false while loss_scaling is true: the gradients would keep the scale and the "
+                "gradient_scaling is false while loss_scaling is true: the gradients would keep the scale "
+                "and the "
                 "learning rate would silently be multiplied by it; set both or neither"
             )
             problems.append(("gradient_scaling", reason))
         if self.mode is MixedPrecisionMode.SELECTIVE and not self.selective_layers:
             reason = (
-                "selective_layers is empty and mode 'selective' lowers nothing else: name at least one layer, or "
+                "selective_layers is empty and mode 'selective' lowers nothing else: name at least one "
+                "layer, or "
                 "use mode 'automatic'"
             )
             problems.append(("selective_layers", reason))
@@ -359,7 +364,8 @@ def _scaling_warnings(
     warnings = []
     if low_dtype == "bfloat16" and (config.loss_scaling or config.gradient_scaling):
         warnings.append(
-            "loss_scaling, gradient_scaling: ignored under BF16, whose exponent range is FP32's; the scale stays "
+            "loss_scaling, gradient_scaling: ignored under BF16, whose exponent range is FP32's; the scale "
+            "stays "
             "1.0"
         )
     if low_dtype == "float16" and not scaling:
