@@ -1,12 +1,12 @@
 """Errors of the service side.
 
-    HalfstepError
-    ├── InvalidRequest        the caller's document is wrong: 422, with pointers
-    ├── NotFound              absent, or another tenant's: 404
-    ├── Conflict              the object's state forbids it: 409
-    ├── StaleFence            a newer attempt owns the job: stop at once, write nothing
-    ├── ConfigurationError    settings that cannot work together: refused at start
-    └── StoreUnavailable      the database did not answer in time: 503 with Retry-After
+HalfstepError
+├── InvalidRequest        the caller's document is wrong: 422, with pointers
+├── NotFound              absent, or another tenant's: 404
+├── Conflict              the object's state forbids it: 409
+├── StaleFence            a newer attempt owns the job: stop at once, write nothing
+├── ConfigurationError    settings that cannot work together: refused at start
+└── StoreUnavailable      the database did not answer in time: 503 with Retry-After
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,9 @@ class InvalidRequest(HalfstepError):
 
     code = "invalid_request"
 
-    def __init__(self, detail: str, problems: Sequence[FieldProblem] = (), *, code: str | None = None) -> None:
+    def __init__(
+        self, detail: str, problems: Sequence[FieldProblem] = (), *, code: str | None = None
+    ) -> None:
         super().__init__(detail)
         self.problems = tuple(problems)
         if code is not None:

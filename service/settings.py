@@ -23,29 +23,60 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HALFSTEP_", env_file=".env", extra="ignore", frozen=True)
 
-    data_dir: Path = Field(default=Path("~/.local/share/halfstep"), description="SQLite file, broker socket, checkpoints, job logs.")
+    data_dir: Path = Field(
+        default=Path("~/.local/share/halfstep"),
+        description="SQLite file, broker socket, checkpoints, job logs.",
+    )
     database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data directory.")
-    broker_url: str = Field(default="", description="redis:// URL; empty: the embedded Valkey on a socket in the data directory.")
+    broker_url: str = Field(
+        default="", description="redis:// URL; empty: the embedded Valkey on a socket in the data directory."
+    )
     host: str = Field(default="127.0.0.1", description="Address the API binds.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port the API binds.")
-    lease_seconds: float = Field(default=60.0, gt=0, description="How long a job stays claimed without a heartbeat.")
-    heartbeat_seconds: float = Field(default=10.0, gt=0, description="Between heartbeats; at most a third of the lease.")
-    stall_seconds: float = Field(default=600.0, gt=0, description="Without progress for this long (or 20 median steps), a job is stalled.")
-    no_worker_seconds: float = Field(default=600.0, gt=0, description="A queued job that no live worker could run for this long fails.")
+    lease_seconds: float = Field(
+        default=60.0, gt=0, description="How long a job stays claimed without a heartbeat."
+    )
+    heartbeat_seconds: float = Field(
+        default=10.0, gt=0, description="Between heartbeats; at most a third of the lease."
+    )
+    stall_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="Without progress for this long (or 20 median steps), a job is stalled.",
+    )
+    no_worker_seconds: float = Field(
+        default=600.0, gt=0, description="A queued job that no live worker could run for this long fails."
+    )
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    worker_slots: int = Field(default=1, ge=1, le=64, description="Jobs at a time on a CPU worker; a GPU worker has one per device.")
-    worker_device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device that this worker offers.")
-    worker_name: str = Field(default="", description="Shown in GET /workers; empty: the host's name.")
-    worker_threads: int = Field(default=0, ge=0, description="torch threads of one job; 0: torch's own choice over the slots.")
-    drain_seconds: float = Field(default=25.0, gt=0, description="A stopping worker's time for a last checkpoint, then SIGKILL.")
-    component_modules: tuple[str, ...] = Field(default=(), description="Python modules whose import registers components.")
-    text_roots: tuple[Path, ...] = Field(
-        default=(), description="Directories that the `text` dataset may read; empty: the Python standard library only."
+    worker_slots: int = Field(
+        default=1, ge=1, le=64, description="Jobs at a time on a CPU worker; a GPU worker has one per device."
     )
-    dispatch_seconds: float = Field(default=1.0, gt=0, description="Between rounds of the dispatcher and reaper.")
-    bootstrap_key: str = Field(default="", description="An API key (tk_…) that `halfstep migrate` stores, hashed, if it is not there.")
+    worker_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device that this worker offers."
+    )
+    worker_name: str = Field(default="", description="Shown in GET /workers; empty: the host's name.")
+    worker_threads: int = Field(
+        default=0, ge=0, description="torch threads of one job; 0: torch's own choice over the slots."
+    )
+    drain_seconds: float = Field(
+        default=25.0, gt=0, description="A stopping worker's time for a last checkpoint, then SIGKILL."
+    )
+    component_modules: tuple[str, ...] = Field(
+        default=(), description="Python modules whose import registers components."
+    )
+    text_roots: tuple[Path, ...] = Field(
+        default=(),
+        description="Directories that the `text` dataset may read; empty: the Python standard library only.",
+    )
+    dispatch_seconds: float = Field(
+        default=1.0, gt=0, description="Between rounds of the dispatcher and reaper."
+    )
+    bootstrap_key: str = Field(
+        default="",
+        description="An API key (tk_…) that `halfstep migrate` stores, hashed, if it is not there.",
+    )
     max_body_bytes: int = Field(default=1_048_576, ge=1024)
 
     def __init__(self, **values: object) -> None:
@@ -72,13 +103,17 @@ class Settings(BaseSettings):
         try:
             parsed = make_url(url)
         except ArgumentError as error:
-            raise ValueError("is not a database URL; use sqlite:////path or postgresql://user:password@host/name") from error
+            raise ValueError(
+                "is not a database URL; use sqlite:////path or postgresql://user:password@host/name"
+            ) from error
         backend = parsed.get_backend_name()
         if backend == "postgresql":
             return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
         if backend == "sqlite" and parsed.database:
             return url
-        raise ValueError("must be a SQLite file or PostgreSQL; use sqlite:////path or postgresql://user:password@host/name")
+        raise ValueError(
+            "must be a SQLite file (sqlite:////path) or PostgreSQL (postgresql://user:password@host/name)"
+        )
 
     @field_validator("broker_url")
     @classmethod

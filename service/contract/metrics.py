@@ -12,9 +12,7 @@ COMPUTE_DTYPES: tuple[ComputeDtype, ...] = ("float32", "float16", "bfloat16")
 
 
 class StepMetrics(NamedTuple):
-    """One optimizer step, skipped or applied. NaN in a float column other than `loss` and
-    `grad_norm` means "not measured" only where the column is documented so; a real NaN stays NaN.
-    """
+    """One optimizer step, skipped or applied; non-finite values are kept as what they are."""
 
     step: int  # optimizer steps attempted, from 1
     epoch: int  # from 1

@@ -26,44 +26,77 @@ class ComponentRef(_Block):
     """A registered component by name, with its parameters."""
 
     name: ComponentName = Field(description="A name that `GET /components` lists for this kind.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Parameters; the component's schema says which.")
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Parameters; the component's schema says which."
+    )
 
 
 class SchedulerRef(ComponentRef):
     """A learning-rate scheduler and when it advances."""
 
     interval: Literal["epoch", "step"] = Field(
-        default="epoch", description="`step`: after every applied step; `epoch`: after every epoch with an applied step."
+        default="epoch",
+        description="`step`: after every applied step; `epoch`: after every epoch with an applied step.",
     )
 
 
 class TrainingBlock(_Block):
     """How long, in what batches, and what is kept."""
 
-    epochs: Count | None = Field(default=None, description="1 when neither epochs nor max_steps is given; unbounded with max_steps alone.")
-    max_steps: Count | None = Field(default=None, description="Optimizer steps, skipped ones included. With epochs: whichever comes first.")
-    batch_size: Annotated[int, Strict(), Field(ge=1, le=1_048_576)] = Field(default=32, description="Samples of one micro-batch.")
+    epochs: Count | None = Field(
+        default=None,
+        description="1 when neither epochs nor max_steps is given; unbounded with max_steps alone.",
+    )
+    max_steps: Count | None = Field(
+        default=None,
+        description="Optimizer steps, skipped ones included. With epochs: whichever comes first.",
+    )
+    batch_size: Annotated[int, Strict(), Field(ge=1, le=1_048_576)] = Field(
+        default=32, description="Samples of one micro-batch."
+    )
     gradient_accumulation_steps: Annotated[int, Strict(), Field(ge=1, le=65_536)] = Field(
         default=1, description="Micro-batches of one optimizer step."
     )
-    seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] = Field(default=0, description="Initialisation, shuffling and dropout.")
-    checkpoint_every_steps: Count | None = Field(default=None, description="Steps between checkpoints; null: only at pause, drain and end.")
-    checkpoint_every_seconds: Seconds | None = Field(default=None, description="Seconds between checkpoints, at a step boundary.")
-    keep_checkpoints: Annotated[int, Strict(), Field(ge=2, le=1000)] = Field(
-        default=2, description="How many of the newest checkpoints stay; at least 2, so that a damaged one can fall back."
+    seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] = Field(
+        default=0, description="Initialisation, shuffling and dropout."
     )
-    evaluate_every_steps: Count | None = Field(default=None, description="Steps between evaluations; null: after each epoch.")
-    time_limit_seconds: Seconds | None = Field(default=None, description="Training time over all attempts, after which the job fails.")
-    deterministic: Flag = Field(default=True, description="Refuse operations without a deterministic kernel, so that a resume is bit-exact.")
-    capture: Literal["off"] = Field(default="off", description="Capture of the whole step as a CUDA graph; this version offers `off`.")
-    compile: Literal["off"] = Field(default="off", description="torch.compile of the model; this version offers `off`.")
+    checkpoint_every_steps: Count | None = Field(
+        default=None, description="Steps between checkpoints; null: only at pause, drain and end."
+    )
+    checkpoint_every_seconds: Seconds | None = Field(
+        default=None, description="Seconds between checkpoints, at a step boundary."
+    )
+    keep_checkpoints: Annotated[int, Strict(), Field(ge=2, le=1000)] = Field(
+        default=2,
+        description="How many of the newest checkpoints stay; at least 2, so that a damaged one can fall back.",
+    )
+    evaluate_every_steps: Count | None = Field(
+        default=None, description="Steps between evaluations; null: after each epoch."
+    )
+    time_limit_seconds: Seconds | None = Field(
+        default=None, description="Training time over all attempts, after which the job fails."
+    )
+    deterministic: Flag = Field(
+        default=True,
+        description="Refuse operations without a deterministic kernel: a resume is then bit-exact.",
+    )
+    capture: Literal["off"] = Field(
+        default="off", description="Capture of the whole step as a CUDA graph; this version offers `off`."
+    )
+    compile: Literal["off"] = Field(
+        default="off", description="torch.compile of the model; this version offers `off`."
+    )
 
 
 class ResourcesBlock(_Block):
     """What the job needs of a worker."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` runs wherever a worker is free.")
-    gpus: Annotated[int, Strict(), Field(ge=1, le=1)] = Field(default=1, description="Devices of one job; this version offers 1.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto` runs wherever a worker is free."
+    )
+    gpus: Annotated[int, Strict(), Field(ge=1, le=1)] = Field(
+        default=1, description="Devices of one job; this version offers 1."
+    )
     min_memory_bytes: Annotated[int, Strict(), Field(ge=0, le=2**53)] | None = Field(
         default=None, description="Only workers whose device has at least this much memory run the job."
     )
@@ -75,14 +108,20 @@ class JobSpec(_Block):
     name: Name = Field(default="job", description="For people; need not be unique.")
     model: ComponentRef
     dataset: ComponentRef
-    loss: ComponentRef | None = Field(default=None, description="Default: by the dataset's task (cross_entropy, mse).")
+    loss: ComponentRef | None = Field(
+        default=None, description="Default: by the dataset's task (cross_entropy, mse)."
+    )
     optimizer: ComponentRef = Field(default_factory=lambda: ComponentRef(name="adamw", params={"lr": 1e-3}))
     scheduler: SchedulerRef | None = None
     precision: MixedPrecisionConfig = Field(default_factory=MixedPrecisionConfig)
     training: TrainingBlock = Field(default_factory=TrainingBlock)
     resources: ResourcesBlock = Field(default_factory=ResourcesBlock)
-    priority: Annotated[int, Strict(), Field(ge=-1000, le=1000)] = Field(default=0, description="Higher runs first.")
-    max_attempts: Annotated[int, Strict(), Field(ge=1, le=100)] = Field(default=3, description="Attempts, lost workers included.")
+    priority: Annotated[int, Strict(), Field(ge=-1000, le=1000)] = Field(
+        default=0, description="Higher runs first."
+    )
+    max_attempts: Annotated[int, Strict(), Field(ge=1, le=100)] = Field(
+        default=3, description="Attempts, lost workers included."
+    )
     tags: dict[TagText, TagText] = Field(default_factory=dict, description="At most 32 labels to filter by.")
 
     @field_validator("tags")

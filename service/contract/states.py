@@ -38,9 +38,7 @@ LEASED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobSt
 # pausing|cancelling -> succeeded|failed. A lost worker returns a job to the queue.
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.STARTING, JobState.PAUSED, JobState.CANCELLED, JobState.FAILED}),
-    JobState.STARTING: frozenset(
-        {JobState.RUNNING, JobState.QUEUED, JobState.CANCELLING, JobState.FAILED}
-    ),
+    JobState.STARTING: frozenset({JobState.RUNNING, JobState.QUEUED, JobState.CANCELLING, JobState.FAILED}),
     JobState.RUNNING: frozenset(
         {JobState.SUCCEEDED, JobState.FAILED, JobState.QUEUED, JobState.PAUSING, JobState.CANCELLING}
     ),

@@ -1,0 +1,110 @@
+"""The queue: a Celery app over Redis or Valkey whose messages are wake-ups that carry a job id.
+
+The SQL row is the truth, so a lost, late or repeated message is harmless; nothing here may block a
+request for longer than half a second. The only Celery file on the service's side.
+"""
+
+import functools
+import threading
+import time
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from service.settings import Settings
+
+QUEUE = "halfstep"
+RUN_JOB = "halfstep.run_job"
+PUBLISH_TIMEOUT_SECONDS = 0.5
+# After a failure the broker is left alone for this long: the dispatcher sends again whatever was missed.
+BACKOFF_SECONDS = 3.0
+
+log = structlog.get_logger(__name__)
+
+
+def make_celery(broker_url: str, *, publisher: bool = False) -> Celery:
+    """A Celery app for `broker_url`; `publisher` bounds each socket wait to half a second."""
+    app = Celery("halfstep", broker=broker_url, set_as_current=False)
+    transport: dict[str, object] = {
+        # Messages are acknowledged on receipt, so nothing is ever re-delivered by the broker's clock.
+        "visibility_timeout": 7 * 86400,
+        "socket_keepalive": not broker_url.startswith("redis+socket"),
+    }
+    if publisher:
+        transport |= {
+            "socket_timeout": PUBLISH_TIMEOUT_SECONDS,
+            "socket_connect_timeout": PUBLISH_TIMEOUT_SECONDS,
+            "retry_on_timeout": False,
+            "max_retries": 0,  # one attempt: the dispatcher is the retry
+        }
+    app.conf.update(
+        task_default_queue=QUEUE,
+        task_serializer="json",
+        result_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=transport,
+        broker_connection_timeout=PUBLISH_TIMEOUT_SECONDS if publisher else 4.0,
+    )
+    return app
+
+
+class _Publisher:
+    """One broker's publishing side: thread-safe, and silent for a while after a failure."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._app = make_celery(broker_url, publisher=True)
+        self._lock = threading.Lock()
+        self._silent_until = 0.0
+
+    def send(self, job_id: str) -> bool:
+        if time.monotonic() < self._silent_until:
+            return False
+        try:
+            self._app.send_task(RUN_JOB, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
+        except (OperationalError, OSError) as error:
+            with self._lock:
+                first = time.monotonic() >= self._silent_until
+                self._silent_until = time.monotonic() + BACKOFF_SECONDS
+            if first:
+                log.warning("broker unreachable; queued jobs wait for the dispatcher", error=str(error))
+            return False
+        return True
+
+    def reachable(self) -> bool:
+        try:
+            with self._app.connection_for_write() as connection:
+                connection.default_channel.client.ping()
+        except (OperationalError, OSError):
+            return False
+        return True
+
+
+@functools.cache
+def _publisher(broker_url: str) -> _Publisher:
+    return _Publisher(broker_url)
+
+
+def enqueue(settings: Settings, job_id: str) -> bool:
+    """Wake a worker for `job_id`. Call it after the commit.
+
+    Returns:
+        False when the broker did not take the message within half a second; the job is stored all the
+        same, and the dispatcher sends it again.
+    """
+    return _publisher(settings.celery_broker_url).send(job_id)
+
+
+def broker_reachable(settings: Settings) -> bool:
+    """True when the broker answers a PING within about half a second."""
+    return _publisher(settings.celery_broker_url).reachable()

@@ -1,0 +1,182 @@
+"""The Celery worker process: start-up, registration, the threads pool, drain on SIGTERM, a bounded end.
+
+Imports no torch: what the device can do is learnt from a job's process. `python -m worker.app` starts it.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+import structlog
+from celery import signals
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from service.errors import ConfigurationError, HalfstepError, StoreUnavailable
+from service.logs import configure
+from service.queue import QUEUE, make_celery
+from service.settings import Settings
+from service.store import components, schema, workers
+from service.store.components import ComponentInfo
+from service.store.database import Database
+from service.store.jobs import new_job_id
+from service.store.workers import Capability
+from worker.process import Spawner
+from worker.protocol import Ready
+from worker.slots import Slot, build_slots
+from worker.tasks import Runner, register
+
+log = structlog.get_logger(__name__)
+
+READY_SECONDS = 180.0
+
+
+def _learn(slot: Slot) -> Ready:
+    """Let a first process import torch, look at its device, and tell."""
+    # On a GPU the look creates a context, which must not wait beside the first job: that process goes.
+    child = (
+        slot.warm_up(probe=True) if slot.device == "cpu" else slot.spawner.spawn(slot.environment, probe=True)
+    )
+    try:
+        return child.ready.result(timeout=READY_SECONDS)
+    except FutureTimeoutError:
+        raise ConfigurationError(f"the job's process did not start within {READY_SECONDS:.0f} s") from None
+    except RuntimeError as error:
+        raise ConfigurationError(f"the job's process cannot start: {error}") from error
+    finally:
+        if slot.device != "cpu":
+            child.discard()
+
+
+class _Registration:
+    """This worker's row: written at start, beaten from a thread, removed at the end."""
+
+    def __init__(self, settings: Settings, database: Database, ready: Ready, slots: int) -> None:
+        if ready.capability is None:
+            raise ConfigurationError("the job's process reported no capability")
+        self.worker_id = new_job_id()
+        fields = Capability.__dataclass_fields__
+        self.capability = Capability(**{name: ready.capability[name] for name in fields})
+        self._settings, self._database, self._ready, self._slots = settings, database, ready, slots
+        self._over = threading.Event()
+
+    def start(self, runner: Runner) -> None:
+        self._write()
+        threading.Thread(target=self._beat, args=(runner,), name="worker-beat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._over.set()
+        try:
+            self._database.retry(lambda s: workers.remove(s, worker_id=self.worker_id), seconds=2.0)
+        except StoreUnavailable as error:
+            log.warning("this worker's row stays until it is seen to be dead", error=str(error))
+
+    def _write(self) -> None:
+        infos = [ComponentInfo(**fields) for fields in self._ready.components]
+
+        def write(session: Session) -> None:
+            workers.register(
+                session,
+                worker_id=self.worker_id,
+                name=self._settings.worker_name or socket.gethostname(),
+                pid=os.getpid(),
+                capability=self.capability,
+                versions=self._ready.versions,
+                slots=self._slots,
+            )
+            components.publish(session, infos)
+
+        self._database.retry(write, seconds=30.0)
+
+    def _beat(self, runner: Runner) -> None:
+        while not self._over.wait(self._settings.heartbeat_seconds):
+            try:
+                self._database.retry(
+                    lambda s: workers.beat(
+                        s, worker_id=self.worker_id, busy=runner.busy, draining=runner.draining
+                    ),
+                    seconds=self._settings.heartbeat_seconds,
+                )
+            except StoreUnavailable as error:
+                log.warning("worker heartbeat failed", error=str(error))
+
+
+def serve(settings: Settings) -> None:
+    """Run the worker until SIGTERM or SIGINT; returns when every process of its own is gone."""
+    database = Database(settings.sql_url)
+    schema.check_current(database)
+    slots = build_slots(settings, Spawner())
+    ready = _learn(slots[0])
+    registration = _Registration(settings, database, ready, len(slots))
+    runner = Runner(
+        settings, database, worker_id=registration.worker_id, capability=registration.capability, slots=slots
+    )
+    for slot in slots:
+        slot.warm_up()
+    celery = make_celery(settings.celery_broker_url)
+    register(celery, runner)
+    registration.start(runner)
+    stopping = threading.Event()
+
+    def watch() -> None:
+        # Celery sets a flag in its signal handler and looks at it between two polls of the broker, which may
+        # be away; this thread does not depend on it.
+        stopping.wait()
+        log.info("stopping: running jobs take a checkpoint and go back to the queue")
+        runner.drain()
+        deadline = time.monotonic() + settings.drain_seconds + 3.0
+        while time.monotonic() < deadline and runner.busy:
+            time.sleep(0.05)
+        registration.stop()
+        runner.close()
+        log.info("worker stopped")
+        sys.stderr.flush()
+        os._exit(0)
+
+    watcher = threading.Thread(target=watch, name="watcher", daemon=True)
+    watcher.start()
+    controller = celery.Worker(
+        pool="threads",
+        concurrency=len(slots),
+        queues=[QUEUE],
+        hostname=f"{registration.worker_id}@{socket.gethostname()}",
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+
+    # Sent from Celery's own signal handlers; a worker that waits for its broker sends it too.
+    signals.worker_shutting_down.connect(lambda **_: stopping.set(), weak=False)
+    log.info(
+        "worker ready",
+        device=registration.capability.device_name,
+        type=registration.capability.device_type,
+        slots=len(slots),
+        torch=ready.versions.get("torch"),
+    )
+    threading.Thread(target=runner.run_until_idle, args=(None,), name="first-look", daemon=True).start()
+    controller.start()
+    stopping.set()
+    watcher.join()
+
+
+def main() -> None:
+    """Entry point of `python -m worker.app`."""
+    try:
+        settings = Settings()
+    except (ValidationError, ValueError) as error:
+        sys.exit(f"halfstep worker: {error}")
+    configure(settings, "worker")
+    try:
+        serve(settings)
+    except HalfstepError as error:
+        sys.exit(f"halfstep worker: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""From the training loop to SQL: a bounded queue, one thread, batched and fenced writes.
+
+The loop never waits for the database until the bound is reached; then it does, so that nothing is
+dropped. What goes wrong here is raised in the loop at its next report.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from sqlalchemy.orm import Session
+
+from service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from service.errors import StoreUnavailable
+from service.store import events, jobs, metrics
+from service.store.database import Database
+from worker.training.checkpoint import CheckpointInfo
+
+log = structlog.get_logger(__name__)
+
+Write = Callable[[Session], object]
+MAX_BUFFERED_ROWS = 200_000  # about 40 MB; at 500 steps a second, 400 s of a database that is away
+MAX_BATCH_ROWS = 8_192
+RETRY_SECONDS = 1.0
+
+
+class Reporter:
+    """The training loop's observer whose words end in the store, under the job's fence."""
+
+    def __init__(
+        self,
+        database: Database,
+        job_id: str,
+        fence: int,
+        *,
+        on_progress: Callable[[int, float], None],
+        max_rows: int = MAX_BUFFERED_ROWS,
+    ) -> None:
+        self._database, self._job_id, self._fence = database, job_id, fence
+        self._on_progress, self._max_rows = on_progress, max_rows
+        self._changed = threading.Condition()
+        self._queue: deque[Write | tuple[Sequence[StepMetrics], LiveStats]] = deque()
+        self._rows = 0
+        self._busy = self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="reporter", daemon=True)
+        self._thread.start()
+
+    def opened(self, *, total_steps: int | None) -> None:
+        """The data are open and training begins: the job is running."""
+        job, fence = self._job_id, self._fence
+
+        def write(session: Session) -> None:
+            jobs.mark_running(session, job, fence)
+            metrics.opened(session, job, fence, total_steps=total_steps)
+
+        self._put(write)
+        self._on_progress(0, 0.0)
+
+    def resumed(self, step: int) -> None:
+        """Training goes on after `step`: what the record holds beyond it is removed before this returns."""
+        job, fence = self._job_id, self._fence
+
+        def write(session: Session) -> None:
+            removed = metrics.truncate_after(session, job, fence, step)
+            if step or removed:
+                message = f"resumed after step {step}" if step else "started again from the beginning"
+                data = {"step": step, "steps_repeated": removed}
+                events.append(
+                    session, job, type="worker", level="info", message=message, data=data, fence=fence
+                )
+
+        self._put(write)
+        self._drain()
+
+    def steps(self, rows: Sequence[StepMetrics], live: LiveStats) -> None:
+        """Finished steps, contiguous and in order; waits only when the buffer is full."""
+        if not rows:
+            return
+        with self._changed:
+            self._raise_failure()
+            while self._rows and self._rows + len(rows) > self._max_rows:
+                self._changed.wait()
+                self._raise_failure()
+            self._queue.append((rows, live))
+            self._rows += len(rows)
+            self._changed.notify_all()
+        self._on_progress(rows[-1].step, live.step_time_ms_p50 / 1e3)
+
+    def event(self, type: str, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: A002 - the wire's name
+        """Something a person should see in the job's events."""
+        job, fence, kept = self._job_id, self._fence, dict(data or {})
+        self._put(
+            lambda s: events.append(s, job, type=type, level=level, message=message, data=kept, fence=fence)
+        )
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """One pass over the held-out split."""
+        self._put(lambda s: metrics.evaluated(s, self._job_id, self._fence, evaluation))
+
+    def checkpointed(self, info: CheckpointInfo) -> None:
+        """A checkpoint is safely on disk: refer to it. Queued behind the rows that led to it."""
+        job, fence = self._job_id, self._fence
+
+        def write(session: Session) -> None:
+            jobs.record_checkpoint(
+                session,
+                job,
+                fence,
+                step=info.step,
+                path=str(info.path),
+                bytes=info.bytes,
+                sha256=info.sha256,
+                metrics=dict(info.metrics),
+            )
+
+        self._put(write)
+
+    def close(self) -> None:
+        """Wait until everything is stored, then end the thread. Raises what the thread met."""
+        self._drain()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _put(self, write: Write) -> None:
+        with self._changed:
+            self._raise_failure()
+            self._queue.append(write)
+            self._changed.notify_all()
+
+    def _drain(self) -> None:
+        with self._changed:
+            while (self._queue or self._busy) and self._failure is None:
+                self._changed.wait()
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing:
+                    self._changed.wait()
+                if not self._queue:
+                    return
+                write, taken = self._next_write()
+                self._busy = True
+            try:
+                self._store(write)
+            except BaseException as error:  # noqa: BLE001 - raised again in the training loop
+                with self._changed:
+                    self._failure = error
+                    self._queue.clear()
+                    self._rows, self._busy = 0, False
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._busy = False
+                self._rows -= taken
+                self._changed.notify_all()
+
+    def _next_write(self) -> tuple[Write, int]:
+        """The next transaction: one callable, or all consecutive batches of rows up to a limit."""
+        first = self._queue.popleft()
+        if callable(first):
+            return first, 0
+        rows, live = list(first[0]), first[1]
+        while (
+            self._queue
+            and not callable(self._queue[0])
+            and len(rows) + len(self._queue[0][0]) <= MAX_BATCH_ROWS
+        ):
+            more = self._queue.popleft()
+            if callable(more):
+                raise TypeError("a batch of rows was expected")
+            rows.extend(more[0])
+            live = more[1]
+        job, fence = self._job_id, self._fence
+        return (lambda s: metrics.append(s, job, fence, rows, live)), len(rows)
+
+    def _store(self, write: Write) -> None:
+        away_since: float | None = None
+        while True:
+            try:
+                self._database.retry(write)
+            except StoreUnavailable as error:
+                if away_since is None:
+                    away_since = time.monotonic()
+                    log.warning(
+                        "database away; the step record is buffered", rows=self._rows, error=str(error)
+                    )
+                time.sleep(RETRY_SECONDS)
+            else:
+                break
+        if away_since is not None:
+            seconds = round(time.monotonic() - away_since, 1)
+            log.info("database back; the buffered record is stored", seconds=seconds)
+            job, fence = self._job_id, self._fence
+            message = f"the database was away for {seconds} s; nothing of the record was lost"
+            self._database.retry(
+                lambda s: events.append(
+                    s,
+                    job,
+                    type="alert",
+                    level="warning",
+                    message=message,
+                    data={"seconds": seconds},
+                    fence=fence,
+                )
+            )

@@ -1,0 +1,98 @@
+"""The places at which jobs run: one per GPU, or the configured number on a CPU; each keeps a warm process.
+
+Devices are counted through the driver's management library, so that this process never imports torch and
+never holds a CUDA context.
+"""
+
+import contextlib
+import os
+import threading
+from dataclasses import dataclass, field
+
+import structlog
+
+from service.errors import ConfigurationError
+from service.settings import Settings
+from worker.process import ChildProcess, Spawner
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One device, or one share of the CPU, and the process that waits there with torch imported."""
+
+    index: int
+    device: str  # as the job's process names it: "cpu", or "cuda:0" since it sees only its own GPU
+    environment: dict[str, str]
+    spawner: Spawner
+    _warm: ChildProcess | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def warm_up(self, *, probe: bool = False) -> ChildProcess:
+        """Have a process waiting; returns it. With `probe` a new one also reports what it found."""
+        with self._lock:
+            if self._warm is None or not self._warm.alive:
+                self._warm = self.spawner.spawn(self.environment, probe=probe)
+            return self._warm
+
+    def take(self) -> ChildProcess:
+        """The waiting process, or a new one; it takes its order as soon as torch is imported."""
+        with self._lock:
+            child, self._warm = self._warm, None
+        if child is not None and child.alive:
+            return child
+        return self.spawner.spawn(self.environment)
+
+    def close(self) -> None:
+        """End the waiting process."""
+        with self._lock:
+            child, self._warm = self._warm, None
+        if child is not None:
+            child.discard()
+
+
+def gpu_ids() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES would name for each visible GPU; empty without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    try:
+        import pynvml  # noqa: PLC0415 - optional: a CPU worker needs no NVIDIA library
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def build_slots(settings: Settings, spawner: Spawner) -> list[Slot]:
+    """One slot per GPU, or `worker_slots` on the CPU, as `worker_device` asks.
+
+    Raises:
+        ConfigurationError: A GPU was asked for and none is visible.
+    """
+    gpus = [] if settings.worker_device == "cpu" else gpu_ids()
+    if settings.worker_device == "cuda" and not gpus:
+        raise ConfigurationError(
+            "HALFSTEP_WORKER_DEVICE=cuda, but no NVIDIA GPU is visible; "
+            "check the driver and CUDA_VISIBLE_DEVICES, or set it to auto or cpu"
+        )
+    if gpus:
+        return [
+            Slot(index, "cuda:0", {"CUDA_VISIBLE_DEVICES": gpu}, spawner) for index, gpu in enumerate(gpus)
+        ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = settings.worker_threads or max(1, cores // settings.worker_slots)
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+    return [Slot(index, "cpu", environment, spawner) for index in range(settings.worker_slots)]

@@ -1,0 +1,275 @@
+"""From a wake-up to a job's end: claim, process, supervision, and the one fenced write that concludes it.
+
+The composition root of the worker: what this file builds, the rooms below only use. The message names a
+job, but the claim decides: highest priority, then oldest, of what this worker can run.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+from celery import Celery
+from sqlalchemy.orm import Session
+
+from service.contract.states import JobState, ReasonCode, RequestedAction
+from service.errors import StaleFence, StoreUnavailable
+from service.queue import RUN_JOB
+from service.settings import Settings
+from service.store import events, jobs
+from service.store.database import Database
+from service.store.workers import Capability
+from worker.lease import LeaseKeeper
+from worker.process import ChildProcess
+from worker.protocol import RunOrder
+from worker.slots import Slot
+from worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
+
+log = structlog.get_logger(__name__)
+
+FIXED_BY_CGROUP = Path("/sys/fs/cgroup/memory.events")
+
+
+class Runner:
+    """Runs jobs at the slots of one worker until it drains."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        *,
+        worker_id: str,
+        capability: Capability,
+        slots: list[Slot],
+    ) -> None:
+        self._settings, self._database = settings, database
+        self._worker_id, self._capability = worker_id, capability
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._slots = slots
+        self._running: dict[str, ChildProcess] = {}
+        self._lock = threading.Lock()
+        self._draining = threading.Event()
+
+    @property
+    def busy(self) -> int:
+        """Slots that run a job now."""
+        with self._lock:
+            return len(self._running)
+
+    @property
+    def draining(self) -> bool:
+        """True once `drain` was called."""
+        return self._draining.is_set()
+
+    def drain(self) -> None:
+        """Claim nothing more; let each running job take a checkpoint and go back to the queue."""
+        self._draining.set()
+        with self._lock:
+            for child in self._running.values():
+                child.inbox.put(StopRequested("drain"))
+
+    def close(self) -> None:
+        """End what still runs or waits. After `drain` and its grace."""
+        with self._lock:
+            for child in self._running.values():
+                child.inbox.put(LeaseLost("the worker stops"))
+        for slot in self._slots:
+            slot.close()
+
+    def run_until_idle(self, hint: str | None) -> None:
+        """Run jobs one after another at a free slot until none is left that this worker can run.
+
+        Args:
+            hint: The id in the message; claimed first only if nothing more urgent waits.
+        """
+        try:
+            slot = self._free.get_nowait()
+        except queue.Empty:
+            return  # each slot asks for more when its job ends
+        try:
+            while not self._draining.is_set():
+                job = self._claim(hint)
+                if job is None:
+                    return
+                hint = None
+                with structlog.contextvars.bound_contextvars(job_id=job.id, attempt=job.attempt):
+                    self._run(slot, job)
+        finally:
+            self._free.put(slot)
+
+    def _claim(self, hint: str | None) -> jobs.Job | None:
+        def claim(session: Session) -> jobs.Job | None:
+            return jobs.claim(
+                session,
+                worker_id=self._worker_id,
+                capability=self._capability,
+                lease_seconds=self._settings.lease_seconds,
+                hint=hint,
+            )
+
+        try:
+            return self._database.retry(claim)
+        except StoreUnavailable as error:
+            log.warning("nothing claimed: the database is away", error=str(error))
+            return None
+
+    def _run(self, slot: Slot, job: jobs.Job) -> None:
+        log.info("job claimed", name=job.name, fence=job.fence)
+        oom_kills = _oom_kills()
+        child = slot.take()
+        keeper = LeaseKeeper(
+            self._database,
+            job_id=job.id,
+            fence=job.fence,
+            worker_id=self._worker_id,
+            lease_seconds=self._settings.lease_seconds,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+            on_request=lambda asked: child.inbox.put(
+                StopRequested("cancel" if asked is RequestedAction.CANCEL else "pause")
+            ),
+            on_lost=lambda why: child.inbox.put(LeaseLost(why)),
+        )
+        with self._lock:
+            self._running[job.id] = child
+        try:
+            if self._draining.is_set():
+                child.inbox.put(StopRequested("drain"))
+            child.order(self._order(slot, job))
+            graces = Graces(drain=self._settings.drain_seconds)
+            ending = supervise(child, keeper, graces=graces, stall_seconds=self._settings.stall_seconds)
+            self._conclude(job, ending, host_memory_killed=_oom_kills() > oom_kills)
+        finally:
+            keeper.release()
+            with self._lock:
+                del self._running[job.id]
+            if not self._draining.is_set():
+                slot.warm_up()
+
+    def _order(self, slot: Slot, job: jobs.Job) -> RunOrder:
+        with self._database.read() as session:
+            kept = jobs.checkpoints(session, job.id)
+            elapsed = jobs.active_seconds(session, job.id)
+        return RunOrder(
+            job_id=job.id,
+            fence=job.fence,
+            attempt=job.attempt,
+            spec=job.spec,
+            settings=self._settings.model_dump(mode="json"),
+            device="cpu" if job.spec.get("resources", {}).get("device") == "cpu" else slot.device,
+            elapsed_seconds=elapsed,
+            checkpoints=[{"step": c.step, "path": c.path, "sha256": c.sha256} for c in kept],
+        )
+
+    def _conclude(self, job: jobs.Job, ending: Ending, *, host_memory_killed: bool) -> None:
+        """Write how it ended, under the fence, for as long as the lease can last."""
+        write = _conclusion(job, ending, host_memory_killed=host_memory_killed)
+        if write is None:
+            log.warning("the job belongs to another attempt; nothing is written")
+            return
+
+        def conclude(session: Session) -> jobs.Job:
+            if ending.done is None and ending.killed_for not in {"cancel", "pause", "drain"}:
+                message = (
+                    f"the job's process ended with {_exit_text(ending.returncode)} at step {ending.last_step}"
+                )
+                events.append(
+                    session,
+                    job.id,
+                    type="worker",
+                    level="error",
+                    message=message,
+                    data={"last_words": ending.last_words[-8000:], "returncode": ending.returncode},
+                    fence=job.fence,
+                )
+            return write(session)
+
+        try:
+            after = self._database.retry(conclude, seconds=self._settings.lease_seconds)
+        except StaleFence:
+            log.warning("the job belongs to another attempt; its end was not written")
+        except StoreUnavailable as error:
+            log.error("the job's end could not be written; it runs again after its lease", error=str(error))
+        else:
+            log.info("job ended", state=after.state, step=ending.last_step)
+
+
+def _conclusion(
+    job: jobs.Job, ending: Ending, *, host_memory_killed: bool
+) -> Callable[[Session], jobs.Job] | None:
+    """The store call that an ending asks for; None where this attempt may write nothing."""
+    done = ending.done
+    if ending.killed_for == "lost" or (done is not None and done.outcome == "stale"):
+        return None
+    if done is not None:
+        match done.outcome:
+            case "finished":
+                return lambda s: jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
+            case "failed":
+                return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, done.reason)
+            case "cancel":
+                return lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, _CANCELLED)
+            case "pause":
+                return lambda s: jobs.finish(s, job.id, job.fence, JobState.PAUSED, None)
+            case "drain":
+                return lambda s: jobs.release(
+                    s, job.id, job.fence, charge_attempt=False, why="the worker was drained"
+                )
+    match ending.killed_for:
+        case "cancel":
+            return lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, _CANCELLED)
+        case "drain":
+            why = "the worker was drained; the job did not stop in time and goes on from its last checkpoint"
+            return lambda s: jobs.release(s, job.id, job.fence, charge_attempt=False, why=why)
+        case "stalled":
+            why = f"no step was finished for too long after step {ending.last_step}"
+            return lambda s: jobs.release(
+                s, job.id, job.fence, charge_attempt=True, why=why, exhausted=ReasonCode.STALLED
+            )
+    if host_memory_killed and ending.returncode == -9:
+        return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, _HOST_MEMORY)
+    why = f"the job's process ended with {_exit_text(ending.returncode)}"
+    return lambda s: jobs.release(s, job.id, job.fence, charge_attempt=True, why=why)
+
+
+_CANCELLED: dict[str, Any] = {
+    "code": ReasonCode.CANCELLED_BY_USER.value,
+    "message": "Cancelled on request; the record and the checkpoints are kept.",
+    "detail": None,
+}
+_HOST_MEMORY: dict[str, Any] = {
+    "code": ReasonCode.OUT_OF_MEMORY_HOST.value,
+    "message": "The host ran out of memory and the kernel ended the job's process; "
+    "use a smaller batch or data set, or give the worker more memory.",
+    "detail": None,
+}
+
+
+def _exit_text(returncode: int) -> str:
+    return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed for memory in this control group; 0 where it does not say."""
+    try:
+        lines = FIXED_BY_CGROUP.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def register(celery: Celery, runner: Runner) -> None:
+    """Make `runner` answer the queue's messages. Garbage in a message is a wake-up without a hint."""
+
+    @celery.task(name=RUN_JOB, ignore_result=True)  # type: ignore[untyped-decorator]  # celery has no annotations
+    def run_job(job_id: object = None, *_: object, **__: object) -> None:
+        started = time.monotonic()
+        try:
+            runner.run_until_idle(job_id if isinstance(job_id, str) else None)
+        except Exception:
+            log.exception("a wake-up failed", seconds=round(time.monotonic() - started, 1))
+            raise
