@@ -1,0 +1,90 @@
+"""A job's events: what happened to it, in order, for people and for streams.
+
+States have their events written where they change (`records`); metrics are another record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import insert, select, update
+from sqlalchemy.orm import Session
+
+from service.store.clock import db_now
+from service.store.records import absent, known_shape, lock_fenced, storable
+from service.store.tables import job_events, job_stats
+
+EventType = Literal[
+    "state", "precision", "overflow", "nan", "alert", "evaluation", "checkpoint", "worker", "warning"
+]
+Level = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event; `seq` counts from 1 within the job, without gaps."""
+
+    seq: int
+    at: float
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any] | None
+
+
+def append(
+    s: Session,
+    job_id: str,
+    *,
+    type: str,  # noqa: A002  # the field's name on the wire
+    level: str,
+    message: str,
+    data: Mapping[str, Any] | None = None,
+    fence: int | None = None,
+) -> int:
+    """Add an event; returns its seq. With `fence`, only while the job is held under it.
+
+    Raises:
+        NotFound: there is no such job.
+        StaleFence: the fence has moved on.
+    """
+    if fence is not None:
+        lock_fenced(s, job_id, fence)
+    row = s.execute(
+        update(job_stats)
+        .where(job_stats.c.job_id == known_shape(job_id))
+        .values(version=job_stats.c.version + 1, last_event=job_stats.c.last_event + 1, updated_at=db_now())
+        .returning(job_stats.c.last_event, job_stats.c.updated_at)
+    ).one_or_none()
+    if row is None:
+        raise absent(job_id)
+    s.execute(
+        insert(job_events).values(
+            job_id=job_id,
+            seq=row.last_event,
+            at=row.updated_at,
+            type=type,
+            level=level,
+            message=storable(message),
+            data=None if data is None else dict(data),
+        )
+    )
+    return int(row.last_event)
+
+
+def read(s: Session, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
+    """The events with a seq above `after`, in order, at most `limit`."""
+    rows = s.execute(
+        select(
+            job_events.c.seq,
+            job_events.c.at,
+            job_events.c.type,
+            job_events.c.level,
+            job_events.c.message,
+            job_events.c.data,
+        )
+        .where(job_events.c.job_id == job_id, job_events.c.seq > after)
+        .order_by(job_events.c.seq)
+        .limit(limit)
+    )
+    return [Event(*row) for row in rows]

@@ -1,0 +1,171 @@
+"""A worker's hold on a job: claim, renew, run, finish, give back. Every write here carries the fence.
+
+A repeat of a write whose answer was lost changes nothing. What happens to leases that ran out is in `upkeep`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, literal, select, update
+from sqlalchemy.orm import Session
+
+from service.contract.states import LEASED, JobState, ReasonCode, RequestedAction
+from service.store.clock import db_now
+from service.store.records import JOB_COLUMNS, Job, job_from, lock, move, record_states, stale, status
+from service.store.tables import jobs, workers
+from service.store.workers import Capability, can_run
+
+
+def claim(
+    s: Session, *, worker_id: str, capability: Capability, lease_seconds: float, hint: str | None = None
+) -> Job | None:
+    """Take the queued job of the highest priority, then the oldest, that this worker can run, or None.
+
+    The job is then `starting`, under a fence one higher and a lease of `lease_seconds`. Claims at once get
+    different jobs. `hint`, the id that a message carried, decides only between jobs of the same instant.
+    """
+    order: list[ColumnElement[Any]] = [jobs.c.precedence, jobs.c.created_at, jobs.c.id]
+    if hint is not None:
+        order.insert(2, (jobs.c.id == hint).desc())
+    best = (
+        select(jobs.c.id)
+        .where(
+            jobs.c.state == JobState.QUEUED,
+            can_run(
+                jobs.c.device,
+                jobs.c.needs_bf16,
+                jobs.c.min_memory_bytes,
+                device_type=literal(capability.device_type),
+                bf16=literal(capability.bf16),
+                memory_bytes=literal(capability.memory_bytes),
+            ),
+        )
+        .order_by(*order)
+        .limit(1)
+        .with_for_update(skip_locked=True, key_share=True)
+        .scalar_subquery()
+    )
+    name = select(workers.c.name).where(workers.c.id == worker_id).scalar_subquery()
+    row = s.execute(
+        update(jobs)
+        .where(jobs.c.id == best, jobs.c.state == JobState.QUEUED)
+        .values(
+            state=JobState.STARTING,
+            fence=jobs.c.fence + 1,
+            lease_until=db_now() + lease_seconds,
+            worker_id=worker_id,
+            worker=func.coalesce(name, worker_id),
+            requested=None,
+        )
+        .returning(*JOB_COLUMNS)
+    ).one_or_none()
+    if row is None:
+        return None
+    job = job_from(row)
+    record_states(s, job, [(JobState.STARTING, f"claimed by {job.worker}, attempt {job.attempt}")])
+    return job
+
+
+def renew(
+    s: Session, job_id: str, fence: int, *, lease_seconds: float, worker_id: str
+) -> RequestedAction | None:
+    """Extend the lease from now; returns what a client has asked for meanwhile.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence by this worker.
+    """
+    row = s.execute(
+        update(jobs)
+        .where(
+            jobs.c.id == job_id,
+            jobs.c.fence == fence,
+            jobs.c.worker_id == worker_id,
+            jobs.c.state.in_(sorted(LEASED)),
+        )
+        .values(lease_until=db_now() + lease_seconds)
+        .returning(jobs.c.requested)
+    ).one_or_none()
+    if row is None:
+        raise stale(job_id, fence)
+    return None if row.requested is None else RequestedAction(row.requested)
+
+
+def mark_running(s: Session, job_id: str, fence: int) -> None:
+    """The job's process trains now. A job that was asked to stop meanwhile stays as it is.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+    """
+    job = _held(s, job_id, fence)
+    if job.state is not JobState.STARTING:
+        return
+    move(s, job, JobState.RUNNING, why=None, started_at=func.coalesce(jobs.c.started_at, db_now()))
+
+
+def finish(s: Session, job_id: str, fence: int, state: JobState, reason: Mapping[str, Any] | None) -> Job:
+    """End the job (or end its pausing) with what really came of it, a request to stop notwithstanding.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+        Conflict: TRANSITIONS has no edge from the job's state to `state`.
+        ValueError: `state` is neither terminal nor paused, or a failure without a reason.
+    """
+    if not state.is_terminal and state is not JobState.PAUSED:
+        raise ValueError(f"a job does not finish as {state}")
+    if state is JobState.FAILED and reason is None:
+        raise ValueError("a failure needs a reason: code, message, detail")
+    job = lock(s, job_id, tenant=None)
+    if job.fence == fence and job.state is state:
+        return job
+    if job.fence != fence or not job.state.is_leased:
+        raise stale(job_id, fence)
+    if reason is None and state is JobState.CANCELLED:
+        reason = _CANCELLED
+    return move(s, job, state, why=None if reason is None else reason["message"], status_reason=reason)
+
+
+def release(s: Session, job_id: str, fence: int, *, charge_attempt: bool, why: str) -> Job:
+    """Give the job back: to the queue, or where a client asked it to go.
+
+    With `charge_attempt` (a crash, a lost worker) the next attempt counts, and past `max_attempts` the job
+    fails as `worker_lost`; without (a drain) the attempt is not charged.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+    """
+    job = lock(s, job_id, tenant=None)
+    if job.fence == fence and job.state is JobState.QUEUED:
+        return job
+    if job.fence != fence or not job.state.is_leased:
+        raise stale(job_id, fence)
+    return give_back(s, job, charge_attempt=charge_attempt, why=why)
+
+
+def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str) -> Job:
+    """`release` for a job whose row the caller has locked."""
+    if job.state is JobState.CANCELLING:
+        return move(s, job, JobState.CANCELLED, why=f"cancelled; {why}", status_reason=_CANCELLED)
+    if job.state is JobState.PAUSING:
+        return move(s, job, JobState.PAUSED, why=why)
+    if not charge_attempt:
+        return move(s, job, JobState.QUEUED, why=why)
+    if job.attempt < job.max_attempts:
+        return move(s, job, JobState.QUEUED, why=why, attempt=job.attempt + 1)
+    attempts = "its only attempt" if job.max_attempts == 1 else f"each of its {job.max_attempts} attempts"
+    reason = status(
+        ReasonCode.WORKER_LOST,
+        f"The job lost its worker in {attempts}. Look at its events and at the worker's memory, then retry; "
+        "a higher max_attempts helps on a fleet that comes and goes.",
+        why,
+    )
+    return move(s, job, JobState.FAILED, why=why, status_reason=reason)
+
+
+_CANCELLED = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request.")
+
+
+def _held(s: Session, job_id: str, fence: int) -> Job:
+    job = lock(s, job_id, tenant=None)
+    if job.fence != fence or not job.state.is_leased:
+        raise stale(job_id, fence)
+    return job

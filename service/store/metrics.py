@@ -1,0 +1,269 @@
+"""The step record and its summary: append, truncate and read steps; one row that tells how a job goes.
+
+Steps are kept in columnar chunks (`chunks`) that together are exactly 1..current_step. Every write is
+fenced and updates the summary in the same transaction.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
+from service.errors import Conflict
+from service.store import chunks, events
+from service.store.clock import db_now
+from service.store.reading import MetricPage, downsample, read
+from service.store.records import AnyRow, lock_fenced, stale
+from service.store.summary import Stats, summarise, versions
+from service.store.tables import job_stats, metric_chunks
+from service.store.totals import NEEDED, Totals
+
+__all__ = [
+    "MetricPage",
+    "Stats",
+    "append",
+    "downsample",
+    "evaluated",
+    "opened",
+    "read",
+    "summarise",
+    "truncate_after",
+    "versions",
+]
+
+# A batch shorter than this joins the chunk before it, up to this length: a slow job, which is flushed step
+# by step, must not end up with as many chunks as steps.
+CHUNK_STEPS = 256
+
+_NEWEST = (
+    "loss",
+    "underflow_estimate",
+    "grad_norm",
+    "learning_rate",
+    "memory_usage",
+    "memory_allocated_bytes",
+    "memory_reserved_bytes",
+    "compute_dtype",
+)
+
+
+def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], live: LiveStats) -> None:
+    """Add the next steps of a job and bring its summary up to date; the work grows with `rows` alone.
+
+    A repeat of the newest batch (same fence, same first and last step) changes nothing, so a batch may be
+    sent again when the answer to its commit was lost.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+        Conflict: the steps do not follow on without a gap.
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("append needs at least one step")
+    columns = dict(zip(METRIC_COLUMNS, zip(*rows, strict=True), strict=True))
+    first, last = rows[0].step, rows[-1].step
+    if columns["step"] != tuple(range(first, first + len(rows))):
+        raise Conflict(f"the batch {first}..{last} has a gap or is out of order", code="steps_not_contiguous")
+    lock_fenced(s, job_id, fence)
+    stored = s.execute(
+        select(
+            job_stats.c.current_step, job_stats.c.batch_fence, job_stats.c.batch_first_step, *_TOTALS
+        ).where(job_stats.c.job_id == job_id)
+    ).one()
+    if (stored.batch_fence, stored.batch_first_step, stored.current_step) == (fence, first, last):
+        return
+    if first != stored.current_step + 1:
+        raise Conflict(
+            f"the record ends at step {stored.current_step}, so a batch cannot begin at step {first}",
+            code="steps_not_contiguous",
+        )
+    totals = _totals(stored).after(columns)
+    _store(s, job_id, [list(column) for column in columns.values()], totals)
+    values = {
+        **_summary(totals, columns),
+        "current_step": last,
+        "batch_fence": fence,
+        "batch_first_step": first,
+        "current_scale": live.current_scale,
+        "memory_peak_bytes": live.memory_peak_bytes,
+        "steps_per_second": live.steps_per_second,
+        "samples_per_second": live.samples_per_second,
+        "step_time_ms_p50": live.step_time_ms_p50,
+        "step_time_ms_p95": live.step_time_ms_p95,
+        "step_time_ms_max": live.step_time_ms_max,
+        "host_syncs_per_step": live.host_syncs_per_step,
+        "overflow_budget_exceeded": live.overflow_budget_exceeded,
+        "last_step_at": db_now(),
+    }
+    if live.last_overflow is not None:
+        values["last_overflow"] = dict(live.last_overflow)
+    elif totals.last_overflow_step >= first:
+        values["last_overflow"] = _unattributed(totals.last_overflow_step)
+    _update(s, job_id, fence, stored.current_step, values)
+
+
+def opened(s: Session, job_id: str, fence: int, *, total_steps: int | None) -> None:
+    """The dataset is open: how many steps the job will have, None where nobody can know.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+    """
+    lock_fenced(s, job_id, fence)
+    s.execute(
+        update(job_stats)
+        .where(job_stats.c.job_id == job_id)
+        .values(total_steps=total_steps, version=job_stats.c.version + 1, updated_at=db_now())
+    )
+
+
+def evaluated(s: Session, job_id: str, fence: int, evaluation: Evaluation) -> None:
+    """Store an evaluation as the newest one, with its event. A repeat changes nothing.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+    """
+    document = asdict(evaluation) | {"metrics": dict(evaluation.metrics)}
+    lock_fenced(s, job_id, fence)
+    is_new = s.scalar(
+        update(job_stats)
+        .where(job_stats.c.job_id == job_id, job_stats.c.evaluation.is_distinct_from(document))
+        .values(evaluation=document)
+        .returning(job_stats.c.job_id)
+    )
+    if is_new is None:
+        return
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+    message = (
+        f"step {evaluation.step}: {evaluation.split} loss {evaluation.loss:.4g}{figures and ', ' + figures}"
+    )
+    events.append(s, job_id, type="evaluation", level="info", message=message, data=document)
+
+
+def truncate_after(s: Session, job_id: str, fence: int, step: int) -> int:
+    """Remove the steps beyond `step`, which a resumed job will take again; returns how many there were.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence.
+        ValueError: `step` is negative.
+    """
+    if step < 0:
+        raise ValueError(f"a record cannot be cut at step {step}")
+    lock_fenced(s, job_id, fence)
+    stored = s.execute(
+        select(job_stats.c.current_step, job_stats.c.last_overflow, job_stats.c.evaluation).where(
+            job_stats.c.job_id == job_id
+        )
+    ).one()
+    if stored.current_step <= step:
+        return 0
+    s.execute(
+        delete(metric_chunks).where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step > step)
+    )
+    values: dict[str, Any] = dict.fromkeys(
+        (*_NEWEST, "current_scale", "steps_per_second", "samples_per_second", "last_step_at")
+    )
+    totals = Totals()
+    newest = _newest_chunk(s, job_id)
+    if newest is not None:
+        totals, columns = _cut(s, job_id, newest, step)
+        values |= _summary(totals, columns) | {"current_scale": columns["scale"][-1]}
+        del values["last_step_at"]
+    values |= totals._asdict() | {"current_step": step, "batch_fence": None, "batch_first_step": None}
+    if stored.last_overflow is not None and stored.last_overflow.get("step") != totals.last_overflow_step:
+        values["last_overflow"] = (
+            _unattributed(totals.last_overflow_step) if totals.last_overflow_step else None
+        )
+    if stored.evaluation is not None and stored.evaluation["step"] > step:
+        values["evaluation"] = None
+    _update(s, job_id, fence, stored.current_step, values)
+    return int(stored.current_step) - step
+
+
+_TOTALS = tuple(job_stats.c[name] for name in Totals._fields)
+
+
+def _totals(row: AnyRow) -> Totals:
+    return Totals(*(getattr(row, name) or 0 for name in Totals._fields))
+
+
+def _summary(totals: Totals, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return totals._asdict() | {name: columns[name][-1] for name in _NEWEST}
+
+
+def _store(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
+    """Insert the columns as a chunk, or join them to the newest one while both are short."""
+    count = len(columns[0])
+    if count < CHUNK_STEPS // 2:
+        tail = _newest_chunk(s, job_id)
+        if tail is not None and tail.last_step - tail.first_step + 1 + count <= CHUNK_STEPS:
+            before = chunks.decode(tail.payload, tail.first_step, METRIC_COLUMNS)
+            joined = [before[name] + column for name, column in zip(METRIC_COLUMNS, columns, strict=True)]
+            _replace(s, job_id, joined, totals)
+            return
+    s.execute(
+        insert(metric_chunks).values(
+            job_id=job_id,
+            first_step=columns[0][0],
+            last_step=columns[0][-1],
+            totals=totals.pack(),
+            payload=chunks.encode(columns),
+        )
+    )
+
+
+def _newest_chunk(s: Session, job_id: str) -> AnyRow | None:
+    return s.execute(
+        select(
+            metric_chunks.c.first_step,
+            metric_chunks.c.last_step,
+            metric_chunks.c.totals,
+            metric_chunks.c.payload,
+        )
+        .where(metric_chunks.c.job_id == job_id)
+        .order_by(metric_chunks.c.first_step.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, dict[str, list[Any]]]:
+    """End the newest chunk at `step`; returns the totals there and the columns that are left of it."""
+    columns = chunks.decode(newest.payload, newest.first_step, METRIC_COLUMNS)
+    if newest.last_step <= step:
+        return Totals.unpack(newest.totals), columns
+    kept = {name: values[: step - newest.first_step + 1] for name, values in columns.items()}
+    before = s.scalar(
+        select(metric_chunks.c.totals).where(
+            metric_chunks.c.job_id == job_id, metric_chunks.c.last_step == newest.first_step - 1
+        )
+    )
+    totals = (Totals() if before is None else Totals.unpack(before)).after(
+        {name: kept[name] for name in NEEDED}
+    )
+    _replace(s, job_id, list(kept.values()), totals)
+    return totals, kept
+
+
+def _replace(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
+    s.execute(
+        update(metric_chunks)
+        .where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step == columns[0][0])
+        .values(last_step=columns[0][-1], totals=totals.pack(), payload=chunks.encode(columns))
+    )
+
+
+def _update(s: Session, job_id: str, fence: int, seen_step: int, values: Mapping[str, Any]) -> None:
+    row = s.execute(
+        update(job_stats)
+        .where(job_stats.c.job_id == job_id, job_stats.c.current_step == seen_step)
+        .values(**values, version=job_stats.c.version + 1, updated_at=db_now())
+        .returning(job_stats.c.job_id)
+    ).one_or_none()
+    if row is None:
+        raise stale(job_id, fence)
+
+
+def _unattributed(step: int) -> dict[str, Any]:
+    return {"step": step, "layer": None, "kind": "unknown"}

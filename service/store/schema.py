@@ -1,0 +1,80 @@
+"""Bringing a database to this version's schema, and refusing to run on any other.
+
+The steps themselves are in `migrations/versions`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+
+import migrations
+from service.errors import ConfigurationError
+from service.store.database import Database, driver_url, make_engine
+
+_ADVISORY_LOCK = 0x68616C6673746570  # "halfstep"
+_PATIENCE_SECONDS = 300.0
+
+
+def migrate(url: str) -> None:
+    """Bring the database to the newest schema; does nothing where it is there already.
+
+    Any number of processes may call this at once: one works, the others wait for it. It is one transaction,
+    so a failure leaves the schema as it was.
+    """
+    parsed = driver_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database is not None:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(
+        parsed, pool_size=1, statement_seconds=_PATIENCE_SECONDS, lock_seconds=_PATIENCE_SECONDS
+    )
+    try:
+        with _alone(engine) as connection:
+            config = _config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+
+
+def check_current(db: Database) -> None:
+    """Make sure that the database has exactly this version's schema.
+
+    Raises:
+        ConfigurationError: it has not; says what to do.
+        StoreUnavailable: the database did not answer.
+    """
+    wanted = ScriptDirectory.from_config(_config()).get_current_head()
+    with db.read() as session:
+        found = MigrationContext.configure(session.connection()).get_current_revision()
+    if found == wanted:
+        return
+    known = {revision.revision for revision in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found is not None and found not in known:
+        raise ConfigurationError(
+            f"the database's schema is {found}, made by a newer halfstep; run that version or restore a backup"
+        )
+    raise ConfigurationError(
+        f"the database's schema is {found or 'empty'} and this version needs {wanted}; run `halfstep migrate`"
+    )
+
+
+def _config() -> Config:
+    config = Config()
+    location = str(Path(migrations.__file__).parent)
+    config.set_main_option("script_location", location.replace("%", "%%"))
+    return config
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[Connection]:
+    # SQLite: the write lock of the whole file. PostgreSQL: a lock that goes with the transaction.
+    with engine.execution_options(halfstep_writes=True).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+        yield connection
