@@ -1,0 +1,166 @@
+"""The client's commands: submit, jobs, stats, watch, cancel. All of them speak HTTP only."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from service.cli.client import Api
+from service.cli.live import follow, view_for
+from service.cli.render import jobs_table, print_wide, stats_table
+from service.cli.specfile import read_spec
+from service.contract.states import JobState
+
+Url = Annotated[
+    str | None, typer.Option("--url", help="Address of the service. [env: HALFSTEP_URL]", show_default=False)
+]
+Key = Annotated[
+    str | None, typer.Option("--key", help="API key (tk_…). [env: HALFSTEP_API_KEY]", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The service's own documents, for programs.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", help="A job's id, or enough of its beginning to be the only one.")
+]
+SpecFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="The job as YAML or JSON; - reads standard input.")
+]
+Follow = Annotated[
+    bool, typer.Option("--watch", "-w", help="Show progress, and leave with the job's outcome.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Have it checked and completed, and store nothing.")]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(help="The same key and job again give the same job.", show_default=False)
+]
+States = Annotated[
+    list[JobState] | None, typer.Option(help="Only these states; repeatable.", show_default=False)
+]
+Tags = Annotated[
+    list[str] | None, typer.Option(help="Only with this tag (key:value); repeatable.", show_default=False)
+]
+
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the tree."""
+    for command in (submit, jobs, stats, watch, cancel):
+        app.command()(command)
+
+
+def submit(
+    file: SpecFile,
+    follow_it: Follow = False,
+    dry_run: DryRun = False,
+    idempotency_key: IdempotencyKey = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job."""
+    spec = read_spec(file)
+    console = _console()
+    with Api(url, key) as api:
+        if dry_run:
+            _dry_run(api, spec, console, as_json=as_json)
+            return
+        job = api.submit(spec, idempotency_key=idempotency_key)
+        if follow_it:
+            if not as_json:
+                console.print(Text.assemble("submitted ", (str(job["id"]), "bold")))
+            _watch(api, str(job["id"]), console, as_json=as_json)
+        elif as_json:
+            print(json.dumps(job))
+        else:
+            print(job["id"])
+            Console(stderr=True, highlight=False).print(
+                f"halfstep watch {job['id']}", style="dim", soft_wrap=True
+            )
+
+
+def jobs(
+    state: States = None,
+    name: Annotated[str | None, typer.Option(help="Only this name.", show_default=False)] = None,
+    tag: Tags = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    url: Url = None, key: Key = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """List jobs, newest first."""
+    with Api(url, key) as api:
+        page = api.list_jobs(states=[each.value for each in state or ()], name=name, tags=tag, limit=limit)
+    if as_json:
+        print(json.dumps(page))
+        return
+    console = _console()
+    if not page["items"]:
+        console.print("no jobs", style="dim")
+        return
+    print_wide(jobs_table(page["items"]))
+    if page.get("next_cursor"):
+        console.print(
+            f"… and older ones (--limit, at most 100; this shows {len(page['items'])})", style="dim"
+        )
+
+
+def stats(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Show a job's statistics."""
+    with Api(url, key) as api:
+        job_id = api.resolve(job_id)
+        document = api.stats(job_id)
+        if as_json:
+            print(json.dumps(document))
+            return
+        _console().print(stats_table(document, api.job(job_id)))
+
+
+def watch(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Follow a job until it ends; the exit code is 0 only if it succeeded."""
+    with Api(url, key) as api:
+        _watch(api, api.resolve(job_id), _console(), as_json=as_json)
+
+
+def cancel(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Cancel a job; a running one stops at its next step."""
+    with Api(url, key) as api:
+        job = api.cancel(api.resolve(job_id))
+    if as_json:
+        print(json.dumps(job))
+    else:
+        _console().print(f"{job['id']} {job['state']}", soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _dry_run(api: Api, spec: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    answer = api.dry_run(spec)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    workers = answer.get("capable_workers")
+    console.print(f"valid; live workers that could run it: {workers}", soft_wrap=True)
+    for warning in answer.get("warnings") or ():
+        text = (
+            f"{warning.get('pointer', '')}  {warning.get('detail', '')}"
+            if isinstance(warning, dict)
+            else str(warning)
+        )
+        console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+
+def _watch(api: Api, job_id: str, console: Console, *, as_json: bool) -> None:
+    try:
+        final, job = follow(api, job_id, view_for(console, as_json=as_json))
+    except KeyboardInterrupt:
+        if not as_json:
+            console.print(
+                f"no longer watching; the job goes on (halfstep cancel {job_id} stops it)", soft_wrap=True
+            )
+        raise typer.Exit(INTERRUPTED) from None
+    if not as_json:
+        console.print()
+        console.print(stats_table(final, job))
+    if final.get("state") != JobState.SUCCEEDED:
+        raise typer.Exit(1)
