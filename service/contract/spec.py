@@ -78,7 +78,7 @@ class TrainingBlock(_Block):
     )
     deterministic: Flag = Field(
         default=True,
-        description="Refuse operations without a deterministic kernel: a resume is then bit-exact.",
+        description="Refuse operations without a deterministic kernel: resumes are bit-exact.",
     )
     capture: Literal["off"] = Field(
         default="off", description="Capture of the whole step as a CUDA graph; this version offers `off`."
