@@ -1,0 +1,361 @@
+"""A run in mixed precision: its configuration, its counters, its decisions, and what is saved of it.
+
+A single step is `step`'s, loops over data are `trainer`'s.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
+from worker.amp.batches import to_device
+from worker.amp.capability import capability_of
+from worker.amp.errors import SetupError, StateMismatchError, StepError
+from worker.amp.policies import PrecisionPolicy, build_policy
+from worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
+from worker.amp.schedule import Interval, Schedule
+from worker.amp.state import MixedPrecisionState
+from worker.amp.step import FinishedStep, TrainingStep
+from worker.amp.supervision import Supervisor
+from worker.amp.telemetry import EngineEvent, StepResult, StepRow
+
+DECISION_STEPS = 32
+"""After every so many steps of the run the host reads what was finished, and decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What `setup` is given, made complete."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    criterion: Callable[[Any, Any], Tensor]
+    device: torch.device
+    resolved: ResolvedPrecision
+    policy: PrecisionPolicy
+    schedule: Schedule
+    step: TrainingStep
+    accumulation: int
+
+
+class MixedPrecisionManager:
+    """Runs training steps for one model and one optimizer.
+
+    Attributes:
+        config: the configuration.
+        state: counters and short histories, read from the device at decision steps and at `flush`.
+        logger: a standard logger.
+        on_step: called with the rows of finished steps, in order, as they are read.
+        on_event: called with what happens to the precision of the run.
+        on_finished: called with each finished step as it is read; a loop sums its epoch with it.
+    """
+
+    def __init__(self, config: MixedPrecisionConfig) -> None:
+        self.config = config
+        self.state = MixedPrecisionState()
+        self.logger = logging.getLogger("worker.amp")
+        self.on_step: Callable[[Sequence[StepRow]], None] | None = None
+        self.on_event: Callable[[EngineEvent], None] | None = None
+        self.on_finished: Callable[[FinishedStep], None] | None = None
+        self._supervisor = Supervisor(config, self._emit)
+        self._prepared: _Run | None = None
+
+    def setup(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Callable[[Any, Any], Tensor],
+        scheduler: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        scheduler_interval: Interval = "epoch",
+        gradient_accumulation_steps: int = 1,
+    ) -> None:
+        """Prepare a model and its optimizer; see `MixedPrecisionTrainer.setup_training`."""
+        if gradient_accumulation_steps < 1:
+            raise SetupError(f"gradient_accumulation_steps: at least 1, not {gradient_accumulation_steps}")
+        target = torch.device(device) if device is not None else _device_of(model)
+        if target == torch.device("cuda"):
+            target = torch.device("cuda", torch.cuda.current_device())
+        resolved = resolve(self.config, capability_of(target))
+        model.to(target)
+        schedule = Schedule(optimizer, scheduler, scheduler_interval)
+        policy = build_policy(self.config, resolved, target)
+        step = TrainingStep(
+            self.config,
+            policy,
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion,
+            schedule=schedule,
+            device=target,
+        )
+        self._prepared = _Run(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion,
+            device=target,
+            resolved=resolved,
+            policy=policy,
+            schedule=schedule,
+            step=step,
+            accumulation=gradient_accumulation_steps,
+        )
+        self.state = MixedPrecisionState(current_scale=resolved.initial_scale if policy.scales else 1.0)
+        self._supervisor = Supervisor(self.config, self._emit)
+        for warning in (*resolved.warnings, *policy.notices()):
+            self._emit(EngineEvent(type="warning", level="warning", message=warning, step=0))
+
+    @property
+    def resolved(self) -> ResolvedPrecision:
+        """What the configuration means on this run's device."""
+        return self._run.resolved
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is and batches are moved to."""
+        return self._run.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under training."""
+        return self._run.model
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a full step."""
+        return self._run.accumulation
+
+    @property
+    def current_step(self) -> int:
+        """Optimizer steps attempted so far."""
+        return self._run.step.steps
+
+    @property
+    def performance_metrics(self) -> dict[str, Any]:
+        """Speed, host syncs per step and the overflow budget."""
+        if self._prepared is None:
+            return {}
+        metrics = self._prepared.step.performance()
+        if metrics:
+            metrics["memory_peak_bytes"] = self._prepared.step.memory().peak
+        metrics["overflow_rate"] = self._supervisor.overflow_rate
+        metrics["overflow_budget_exceeded"] = self._supervisor.overflow_budget_exceeded
+        return metrics
+
+    def begin_group(self, size: int) -> None:
+        """Announce that the next step has `size` micro-batches."""
+        self._run.step.begin(size)
+
+    def train_step(self, data_batch: Any, target_batch: Any) -> StepResult:
+        """Train on one micro-batch; see `MixedPrecisionTrainer.train_step`."""
+        run = self._run
+        result = run.step.micro_batch(data_batch, target_batch, default_size=run.accumulation)
+        if not run.step.in_group:
+            self._after_step()
+        return result
+
+    def finish_accumulation(self) -> bool:
+        """End a step that has fewer micro-batches than announced; False where none is under way."""
+        if not self._run.step.finish_accumulation():
+            return False
+        self._after_step()
+        return True
+
+    def end_epoch(self, metric: float | None) -> None:
+        """Step a scheduler of interval "epoch", and raise what must end the run."""
+        self.flush()
+        self._supervisor.raise_failure()
+        self._run.schedule.end_epoch(metric)
+
+    def flush(self) -> list[FinishedStep]:
+        """Read every finished step, count it and deliver its row; returns what was new."""
+        finished = self._run.step.read()
+        for done in finished:
+            self._count(done)
+        if finished and self.on_step is not None:
+            self.on_step([done.row for done in finished])
+        return finished
+
+    def check(self) -> None:
+        """Raise what must end the run, if anything does.
+
+        Raises:
+            TooManySkips, NonFiniteGradient, NonFiniteLoss: as the configuration asks.
+        """
+        self.flush()
+        self._supervisor.raise_failure()
+
+    @contextmanager
+    def evaluation_region(self) -> Iterator[Callable[[Any], Any]]:
+        """Evaluate without touching training; see `MixedPrecisionTrainer.evaluation_region`."""
+        run = self._run
+        if run.step.in_group:
+            raise StepError("a step is under way; call finish_accumulation() before evaluating")
+        modes = [(module, module.training) for module in run.model.modules()]
+        devices = [run.device] if run.device.type == "cuda" else []
+
+        def predict(data_batch: Any) -> Any:
+            # Its own region for every call: autocast would hand weights cast without gradients to the next
+            # step.
+            with run.policy.region():
+                return run.policy.cast_output(
+                    run.model(run.policy.cast_input(to_device(data_batch, run.device)))
+                )
+
+        run.step.pause_clock()
+        with torch.random.fork_rng(devices=devices, device_type=run.device.type), torch.no_grad():
+            run.model.eval()
+            try:
+                yield predict
+            finally:
+                for module, training in modes:
+                    module.training = training
+                run.step.pause_clock()
+
+    def get_mixed_precision_stats(self) -> dict[str, Any]:
+        """The run so far; see `MixedPrecisionTrainer.get_mixed_precision_stats`."""
+        if self._prepared is not None:
+            self.flush()
+        state = self.state
+        return {
+            "current_step": state.total_steps,
+            "current_scale": state.current_scale,
+            "overflow_count": state.overflow_count,
+            "underflow_count": state.underflow_count,
+            "nan_count": state.nan_count,
+            "skipped_steps": state.skipped_steps,
+            "average_scale": state.average_scale,
+            "memory_usage": state.memory_usage[-1] if state.memory_usage else 0.0,
+            "last_overflow": self._supervisor.last_overflow,
+            "performance_metrics": self.performance_metrics,
+        }
+
+    def engine_state(self) -> dict[str, Any]:
+        """The engine's part of a run between two steps, in primitives and tensors; no weights."""
+        run = self._run
+        self.flush()
+        return {
+            "format": STATE_FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "compute_dtype": run.resolved.low_dtype,
+            "step": run.step.state_dict(),
+            "policy": run.policy.state_dict(),
+            "supervisor": self._supervisor.state_dict(),
+            "counters": self.state.state_dict(),
+        }
+
+    def load_engine_state(self, state: dict[str, Any]) -> list[str]:
+        """Take back what `engine_state` gave; returns how its configuration differs from the running one."""
+        check_format(state)
+        run = self._run
+        differences = config_differences(state["config"], self.config.model_dump(mode="json"))
+        if state["compute_dtype"] != run.resolved.low_dtype:
+            raise StateMismatchError(
+                f"the saved run computed in {state['compute_dtype']} and this one would in "
+                f"{run.resolved.low_dtype}: use the same mode, precision_level and kind of device"
+            )
+        run.policy.load_state_dict(state["policy"])
+        run.step.load_state_dict(state["step"])
+        self._supervisor.load_state_dict(state["supervisor"])
+        self.state.load_state_dict(state["counters"])
+        for difference in differences:
+            self.logger.warning("saved state: %s", difference)
+        return differences
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume of engine, model, optimizer and scheduler needs."""
+        run = self._run
+        engine = self.engine_state()
+        return {
+            "engine": engine,
+            "schedule": plain(run.schedule.state_dict()),
+            "optimizer": plain(run.optimizer.state_dict()),
+            "model": dict(run.policy.weights(run.model)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Take back what `state_dict` gave; returns how its configuration differs from the running one."""
+        run = self._run
+        differences = self.load_engine_state(state["engine"])
+        run.policy.load_weights(run.model, state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.schedule.load_state_dict(state["schedule"])
+        return differences
+
+    def save_mixed_precision_state(self, filepath: str | PathLike[str]) -> None:
+        """Save the engine's state (not the weights) to a file that loads with `weights_only=True`."""
+        torch.save(self.engine_state(), Path(filepath))
+        self.logger.info("Mixed precision state saved to %s", filepath)
+
+    def load_mixed_precision_state(self, filepath: str | PathLike[str]) -> list[str]:
+        """Load what `save_mixed_precision_state` saved; returns how its configuration differs.
+
+        Raises:
+            StateMismatchError: the file is of another format or of a run in another precision.
+        """
+        state = torch.load(Path(filepath), map_location=self.device, weights_only=True)
+        differences = self.load_engine_state(state)
+        self.logger.info("Mixed precision state loaded from %s", filepath)
+        return differences
+
+    @property
+    def _run(self) -> _Run:
+        if self._prepared is None:
+            raise StepError("call setup_training(model, optimizer, criterion) first")
+        return self._prepared
+
+    def _after_step(self) -> None:
+        if self._run.step.steps % DECISION_STEPS == 0:
+            self.check()
+
+    def _count(self, done: FinishedStep) -> None:
+        row = done.row
+        self.state.count(
+            scale=row.scale,
+            overflow=row.overflow,
+            underflow=row.underflow,
+            nan=row.nan,
+            skipped=row.skipped,
+            memory_usage=row.memory_usage,
+        )
+        self.state.current_scale = done.next_scale
+        self._run.schedule.saw(applied=not row.skipped)
+        kind = "forward" if done.cause == "non_finite_loss" else "backward"
+        self._supervisor.observe(
+            row, cause=done.cause, layer=done.layer, kind=kind, range_exhausted=done.range_exhausted
+        )
+        if self.on_finished is not None:
+            self.on_finished(done)
+        if row.step % self.config.logging_frequency == 0:
+            self.logger.info(
+                "Step %d, Loss: %.4f, Scale: %.2e, Memory: %.2f",
+                row.step,
+                row.loss,
+                row.scale,
+                row.memory_usage,
+            )
+
+    def _emit(self, event: EngineEvent) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+        level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.level]
+        self.logger.log(level, "%s", event.message)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "none"
+        raise SetupError(
+            f"model: its parameters must be on one device, found {found}; move it, or pass `device`"
+        )
+    return devices.pop()
