@@ -56,6 +56,7 @@ __all__ = [
     "Job",
     "Requirements",
     "Transition",
+    "active_seconds",
     "checkpoints",
     "claim",
     "counts",
@@ -76,6 +77,7 @@ __all__ = [
     "requirements",
     "submit",
     "transitions",
+    "transitions_of",
     "unclaimed",
 ]
 
@@ -221,12 +223,42 @@ def _take_key(s: Session, tenant: str, key: str, body_hash: str, job_id: str) ->
 
 def transitions(s: Session, job_id: str) -> list[Transition]:
     """Every state the job has entered, in order."""
+    return transitions_of(s, [job_id])[job_id]
+
+
+def transitions_of(s: Session, job_ids: Sequence[str]) -> dict[str, list[Transition]]:
+    """`transitions` of several jobs, in one statement."""
+    entered: dict[str, list[Transition]] = {job_id: [] for job_id in job_ids}
+    if not entered:
+        return entered
     rows = s.execute(
-        select(job_transitions.c.state, job_transitions.c.at, job_transitions.c.reason)
-        .where(job_transitions.c.job_id == job_id)
-        .order_by(job_transitions.c.seq)
+        select(
+            job_transitions.c.job_id, job_transitions.c.state, job_transitions.c.at, job_transitions.c.reason
+        )
+        .where(job_transitions.c.job_id.in_(list(entered)))
+        .order_by(job_transitions.c.job_id, job_transitions.c.seq)
     )
-    return [Transition(JobState(row.state), row.at, row.reason) for row in rows]
+    for row in rows:
+        entered[row.job_id].append(Transition(JobState(row.state), row.at, row.reason))
+    return entered
+
+
+def active_seconds(s: Session, job_id: str) -> float:
+    """How long the job has trained over all its attempts, by the database's clock; counts on while it does.
+
+    Raises:
+        NotFound: there is no such job.
+    """
+    entered = transitions(s, job_id)
+    now = s.scalar(select(db_now()))
+    if not entered or now is None:
+        raise absent(job_id)
+    ends = [*(step.at for step in entered[1:]), now]
+    stays = zip(entered, ends, strict=True)
+    return sum(max(0.0, end - step.at) for step, end in stays if step.state in _TRAINING)
+
+
+_TRAINING = frozenset({JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})
 
 
 def list_jobs(

@@ -54,14 +54,14 @@ def create(
 def import_secret(
     s: Session, secret: str, *, tenant: str, name: str, scopes: Iterable[str], expires_at: float | None = None
 ) -> ApiKey:
-    """Store a key whose secret was made elsewhere; one that is there already stays as it is, revoked ones too.
+    """Store a key whose secret was made elsewhere; one that is there already stays as it is, even revoked.
 
     Raises:
         InvalidRequest: not shaped as a key, an unknown scope, or none.
     """
     if _SECRET.fullmatch(secret) is None:
         raise InvalidRequest(
-            "a key is tk_ and 32 or more letters, digits, - or _; `halfstep keys create` makes one"
+            "a key is tk_ and 32 or more of letters, digits, - and _; make one by `halfstep keys create`"
         )
     wanted = set(scopes)
     unknown = sorted(wanted - set(SCOPES))

@@ -124,11 +124,19 @@ def finish(s: Session, job_id: str, fence: int, state: JobState, reason: Mapping
     return move(s, job, state, why=None if reason is None else reason["message"], status_reason=reason)
 
 
-def release(s: Session, job_id: str, fence: int, *, charge_attempt: bool, why: str) -> Job:
+def release(
+    s: Session,
+    job_id: str,
+    fence: int,
+    *,
+    charge_attempt: bool,
+    why: str,
+    exhausted: ReasonCode = ReasonCode.WORKER_LOST,
+) -> Job:
     """Give the job back: to the queue, or where a client asked it to go.
 
-    With `charge_attempt` (a crash, a lost worker) the next attempt counts, and past `max_attempts` the job
-    fails as `worker_lost`; without (a drain) the attempt is not charged.
+    With `charge_attempt` (a crash, a lost worker, a stall) the next attempt counts, and past `max_attempts`
+    the job fails for the reason `exhausted`; without (a drain) the attempt is not charged.
 
     Raises:
         StaleFence: the job is held no longer under this fence.
@@ -138,10 +146,10 @@ def release(s: Session, job_id: str, fence: int, *, charge_attempt: bool, why: s
         return job
     if job.fence != fence or not job.state.is_leased:
         raise stale(job_id, fence)
-    return give_back(s, job, charge_attempt=charge_attempt, why=why)
+    return give_back(s, job, charge_attempt=charge_attempt, why=why, exhausted=exhausted)
 
 
-def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str) -> Job:
+def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted: ReasonCode) -> Job:
     """`release` for a job whose row the caller has locked."""
     if job.state is JobState.CANCELLING:
         return move(s, job, JobState.CANCELLED, why=f"cancelled; {why}", status_reason=_CANCELLED)
@@ -152,15 +160,23 @@ def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str) -> Job:
     if job.attempt < job.max_attempts:
         return move(s, job, JobState.QUEUED, why=why, attempt=job.attempt + 1)
     attempts = "its only attempt" if job.max_attempts == 1 else f"each of its {job.max_attempts} attempts"
-    reason = status(
-        ReasonCode.WORKER_LOST,
-        f"The job lost its worker in {attempts}. Look at its events and at the worker's memory, then retry; "
-        "a higher max_attempts helps on a fleet that comes and goes.",
-        why,
-    )
+    what, remedy = _EXHAUSTED.get(exhausted, _EXHAUSTED[ReasonCode.WORKER_LOST])
+    reason = status(exhausted, f"The job {what} in {attempts}. {remedy}", why)
     return move(s, job, JobState.FAILED, why=why, status_reason=reason)
 
 
+_EXHAUSTED = {
+    ReasonCode.WORKER_LOST: (
+        "lost its worker",
+        "Look at its events and at the worker's memory, then retry; a higher max_attempts helps on a fleet that "
+        "comes and goes.",
+    ),
+    ReasonCode.STALLED: (
+        "stopped making progress",
+        "Look at the last events and at what its dataset waits for; if single steps really take that long, raise "
+        "HALFSTEP_STALL_SECONDS on the workers, then retry.",
+    ),
+}
 _CANCELLED = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request.")
 
 

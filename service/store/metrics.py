@@ -17,7 +17,7 @@ from service.store import chunks, events
 from service.store.clock import db_now
 from service.store.reading import MetricPage, downsample, read
 from service.store.records import AnyRow, lock_fenced, stale
-from service.store.summary import Stats, summarise, versions
+from service.store.summary import Stats, summaries, summarise, versions
 from service.store.tables import job_stats, metric_chunks
 from service.store.totals import NEEDED, Totals
 
@@ -29,6 +29,7 @@ __all__ = [
     "evaluated",
     "opened",
     "read",
+    "summaries",
     "summarise",
     "truncate_after",
     "versions",

@@ -57,7 +57,7 @@ def check_current(db: Database) -> None:
     known = {revision.revision for revision in ScriptDirectory.from_config(_config()).walk_revisions()}
     if found is not None and found not in known:
         raise ConfigurationError(
-            f"the database's schema is {found}, made by a newer halfstep; run that version or restore a backup"
+            f"the database's schema is {found}, made by a newer halfstep; run that one or restore a backup"
         )
     raise ConfigurationError(
         f"the database's schema is {found or 'empty'} and this version needs {wanted}; run `halfstep migrate`"

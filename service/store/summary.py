@@ -57,16 +57,27 @@ class Stats:
 _QUERY = select(job_stats, jobs.c.state, jobs.c.attempt).join(jobs, jobs.c.id == job_stats.c.job_id)
 
 
-def summarise(s: Session, job_id: str) -> Stats:
-    """The summary of a job, at the same cost however long it is.
+def summarise(s: Session, job_id: str, *, tenant: str | None = None) -> Stats:
+    """The summary of a job, at the same cost however long it is; `tenant` None sees every tenant's.
 
     Raises:
-        NotFound: there is no such job.
+        NotFound: there is no such job, or it is another tenant's.
     """
-    row = s.execute(_QUERY.where(job_stats.c.job_id == known_shape(job_id))).one_or_none()
+    query = _QUERY.where(job_stats.c.job_id == known_shape(job_id))
+    if tenant is not None:
+        query = query.where(jobs.c.tenant == tenant)
+    row = s.execute(query).one_or_none()
     if row is None:
         raise absent(job_id)
     return _stats(row)
+
+
+def summaries(s: Session, job_ids: Sequence[str]) -> dict[str, Stats]:
+    """The summary of each of these jobs that exists, in one statement."""
+    if not job_ids:
+        return {}
+    rows = s.execute(_QUERY.where(job_stats.c.job_id.in_(job_ids)))
+    return {row.job_id: _stats(row) for row in rows}
 
 
 def versions(s: Session, job_ids: Sequence[str]) -> dict[str, int]:

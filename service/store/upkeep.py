@@ -34,7 +34,13 @@ def reap(s: Session) -> list[Job]:
         .with_for_update(skip_locked=True, key_share=True)
     ).all()
     return [
-        give_back(s, job, charge_attempt=True, why=f"lease of {job.worker} ran out, attempt {job.attempt}")
+        give_back(
+            s,
+            job,
+            charge_attempt=True,
+            why=f"the lease of {job.worker} ran out in attempt {job.attempt}",
+            exhausted=ReasonCode.WORKER_LOST,
+        )
         for job in map(job_from, expired)
     ]
 
@@ -107,8 +113,8 @@ def fail_without_worker(s: Session, *, seconds: float, live_seconds: float = 30.
         what = f"that offers {', '.join(wanted)}" if wanted else "of any kind"
         reason = status(
             ReasonCode.NO_CAPABLE_WORKER,
-            f"For {seconds:g} seconds there was no worker {what}. Start one (GET /workers shows what there is) "
-            "or submit the job with other resources or precision.",
+            f"For {seconds:g} seconds there was no worker {what}. Start one (GET /workers shows those there "
+            "are) or submit the job with other resources or precision.",
         )
         failed.append(move(s, job_from(row), JobState.FAILED, why="no capable worker", status_reason=reason))
     return failed
