@@ -1,0 +1,107 @@
+"""`python -m service.api`: serve the API until SIGTERM or SIGINT, then end with status 0."""
+
+import signal
+import socket
+import sys
+import time
+
+import structlog
+import uvicorn
+
+from service import logs
+from service.api.app import create_app
+from service.api.context import Context
+from service.errors import ConfigurationError, StoreUnavailable
+from service.settings import Settings
+from service.store import keys
+from service.store.database import Database
+from service.store.schema import check_current
+
+DATABASE_WAIT_SECONDS = 30.0
+GRACE_SECONDS = 20
+
+_log = structlog.get_logger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but requests that wait for a change are answered before the process ends."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self._context = context
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wake who waits, then let the connections finish."""
+        self._context.watcher.stop()
+        await super().shutdown(sockets)
+
+
+def main() -> int:
+    """Run the server; 0 after a clean stop, 2 where the configuration forbids to start."""
+    # Ending by a signal is the normal end. uvicorn raises the signal again once it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        settings = Settings()
+    except ValueError as error:
+        sys.stderr.write(f"halfstep api: {error}\n")
+        return 2
+    logs.configure(settings, "api")
+    database = Database(settings.sql_url)
+    try:
+        _when_reachable(database)
+        check_current(database)
+        refuse_open_door(settings, database)
+        app = create_app(settings, database)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        _Server(config, app.state.context).run()
+    except (ConfigurationError, StoreUnavailable) as error:
+        _log.error("start_refused", reason=str(error))
+        return 2
+    finally:
+        database.dispose()
+    return 0
+
+
+def refuse_open_door(settings: Settings, database: Database) -> None:
+    """Refuse to listen beyond this machine while anybody could use the server.
+
+    Raises:
+        ConfigurationError: the host is not loopback and no key is active.
+    """
+    if settings.loopback_only:
+        return
+    with database.read() as session:
+        if keys.any_active(session):
+            return
+    raise ConfigurationError(
+        f"HALFSTEP_HOST={settings.host} is reachable from other machines and no API key is active: make one "
+        "with `halfstep keys create`, or set HALFSTEP_HOST=127.0.0.1"
+    )
+
+
+def _when_reachable(database: Database) -> None:
+    """Wait for a database that is starting beside this process."""
+    deadline = time.monotonic() + DATABASE_WAIT_SECONDS
+    while True:
+        try:
+            database.ping()
+        except StoreUnavailable as error:
+            if time.monotonic() > deadline:
+                raise
+            _log.warning("database_unreachable", error=str(error))
+            time.sleep(1.0)
+        else:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

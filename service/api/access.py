@@ -1,0 +1,118 @@
+"""Who is calling, and what the call's key allows.
+
+With a key configured every request but `/health/…` needs one. Without, the server answers this machine alone,
+as tenant `default` with all scopes.
+"""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from service.api.context import ContextDep
+from service.api.problems import ProblemError
+from service.store import keys
+
+Scope = Literal["read", "submit", "admin"]
+ALL_SCOPES: frozenset[str] = frozenset({"read", "submit", "admin"})
+DEFAULT_TENANT = "default"
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="key",
+    description="A key of `halfstep keys create`: `Authorization: Bearer tk_…`. "
+    "Not needed while none is configured.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The tenant that a request belongs to, and its scopes."""
+
+    tenant: str
+    scopes: frozenset[str]
+
+
+def identify(
+    request: Request,
+    context: ContextDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Caller:
+    """The caller behind `request`.
+
+    Raises:
+        ProblemError: 401 without a valid key where one is needed; 403 for strangers where none is.
+    """
+    if credentials is None:
+        if "authorization" in request.headers:
+            raise _unauthorized("The authorization header is not of the form: Bearer tk_…")
+        return _without_key(request, context)
+    with context.database.read() as session:
+        key = keys.authenticate(session, credentials.credentials)
+    if key is None:
+        raise _unauthorized(
+            "This key is unknown, expired or revoked; `halfstep keys list` shows the valid ones."
+        )
+    return Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
+
+
+def requires(scope: Scope) -> Callable[[Caller], Caller]:
+    """A dependency that lets only keys with `scope` (or `admin`) through."""
+
+    def allowed(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+        if scope not in caller.scopes and "admin" not in caller.scopes:
+            raise ProblemError(
+                HTTPStatus.FORBIDDEN,
+                "scope_missing",
+                f"This key lacks the scope '{scope}'; make one with `halfstep keys create --scope {scope}`.",
+                headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
+            )
+        return caller
+
+    return allowed
+
+
+Reader = Annotated[Caller, Depends(requires("read"))]
+Submitter = Annotated[Caller, Depends(requires("submit"))]
+
+
+def _without_key(request: Request, context: ContextDep) -> Caller:
+    with context.database.read() as session:
+        # Also where every key is revoked or expired: losing the last one must not open the server.
+        if keys.list_keys(session):
+            raise _unauthorized("This server needs a key: send the header authorization: Bearer tk_…")
+    # A page in a local browser can reach a loopback port under a name that its own DNS points here
+    # (rebinding): such a request carries that name, and gets nothing.
+    peer_is_local = request.client is None or is_loopback(request.client.host)
+    name_is_local = is_loopback(request.url.hostname or "")
+    if not (peer_is_local and name_is_local):
+        raise ProblemError(
+            HTTPStatus.FORBIDDEN,
+            "loopback_only",
+            "No key is configured, so this server answers its own machine only, at localhost or 127.0.0.1. "
+            "Make a key with `halfstep keys create`.",
+        )
+    return Caller(tenant=DEFAULT_TENANT, scopes=ALL_SCOPES)
+
+
+def is_loopback(host: str) -> bool:
+    """True for this machine's own addresses and the name `localhost`."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _unauthorized(detail: str) -> ProblemError:
+    return ProblemError(
+        HTTPStatus.UNAUTHORIZED,
+        "unauthorized",
+        detail,
+        headers={"www-authenticate": 'Bearer realm="halfstep"'},
+    )

@@ -1,0 +1,81 @@
+"""The application: its parts put together, and nothing that runs at import."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.api import openapi, problems
+from service.api.context import Context
+from service.api.request_id import RequestIds
+from service.api.routes import components, docs, events, health, jobs, metrics, stats, workers
+from service.api.watch import StatsWatcher
+from service.settings import Settings
+from service.store import metrics as record
+from service.store.database import Database
+
+API_VERSION = "1.0"
+"""Of the HTTP contract, which changes less often than the package."""
+
+DESCRIPTION = """\
+Training jobs in mixed precision: submit one, and follow every step's loss scale, overflow, NaN and underflow.
+
+Times are RFC 3339 in UTC, sizes are bytes, ids are UUIDv7. Numbers that are not finite travel as the strings
+`NaN`, `Infinity` and `-Infinity`. Errors are `application/problem+json`."""
+
+TAGS = [
+    {"name": "jobs", "description": "Submit, list, cancel and delete jobs."},
+    {"name": "progress", "description": "Summary, step record and events of a job."},
+    {"name": "fleet", "description": "What can be named in a spec, and who runs it."},
+    {"name": "health", "description": "For load balancers; needs no key."},
+]
+
+
+def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
+    """The API over `database`, or over the one that `settings` names. No connection is opened yet.
+
+    A database made here is closed when the application ends; one that is passed in stays its owner's.
+    """
+    store = database if database is not None else Database(settings.sql_url)
+
+    def versions(job_ids: Sequence[str]) -> Mapping[str, int]:
+        with store.read() as session:
+            return record.versions(session, job_ids)
+
+    watcher = StatsWatcher(versions)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            watcher.stop()
+            if database is None:
+                store.dispose()
+
+    app = FastAPI(
+        title="Halfstep",
+        version=API_VERSION,
+        summary="Mixed-precision training as a service",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        # Served by routes of our own, which ask for a key like every other.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.context = Context(settings=settings, database=store, watcher=watcher)
+    problems.install(app)
+    for resource in (jobs, stats, metrics, events, components, workers, health, docs):
+        app.include_router(resource.router)
+    app.add_middleware(RequestIds)
+
+    def openapi_document() -> dict[str, Any]:
+        return openapi.document(app)
+
+    app.openapi = openapi_document  # type: ignore[method-assign]  # the framework's documented way to extend it
+    return app

@@ -1,0 +1,44 @@
+"""Path, query and header parameters that several routes share, and the refusal of unknown ones."""
+
+import re
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+
+from service.api.pointers import suggestion
+
+# A step or a sequence number: any integer that every layer below can hold.
+Ordinal = Annotated[int, Query(ge=0, le=2**53)]
+JobPath = Annotated[
+    str,
+    Path(alias="job_id", description="The job's id.", json_schema_extra={"format": "uuid"}, max_length=200),
+]
+
+PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+_ETAG = re.compile(r'(?:W/)?("[^"]*")')
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Refuse a query parameter that the route does not know: ignored, it would falsify the answer."""
+    dependant = getattr(request.scope.get("route"), "dependant", None)
+    if dependant is None:
+        return
+    known = {field.alias for field in dependant.query_params}
+    problems: list[dict[str, Any]] = [
+        {"loc": ("query", name), "msg": f"is no parameter of this path; {suggestion(name, known)}"}
+        for name in dict.fromkeys(request.query_params)
+        if name not in known
+    ]
+    if problems:
+        raise RequestValidationError(problems)
+
+
+KnownQuery = Depends(refuse_unknown_query)
+
+
+def matches(if_none_match: str | None, etag: str) -> bool:
+    """Whether `if_none_match` names `etag`, by weak comparison (RFC 9110)."""
+    if if_none_match is None:
+        return False
+    return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)

@@ -1,0 +1,35 @@
+"""What a spec can name."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from starlette.responses import Response
+
+from service.api.access import Reader
+from service.api.context import ContextDep
+from service.api.openapi import declares
+from service.api.parameters import KnownQuery
+from service.api.schemas import ComponentList
+from service.api.views import component_view
+from service.api.wire import json_answer
+from service.store import components
+
+router = APIRouter(prefix="/components", tags=["fleet"], dependencies=[KnownQuery])
+
+
+@router.get("", response_model=ComponentList, responses=declares())
+def list_components(
+    context: ContextDep,
+    _caller: Reader,
+    kind: Annotated[
+        Literal["model", "dataset", "loss", "optimizer", "scheduler"] | None,
+        Query(description="Only this kind."),
+    ] = None,
+) -> Response:
+    """Models, datasets, losses, optimizers and schedulers, each with the schema of its parameters.
+
+    Workers publish them when they start; without one there are none.
+    """
+    with context.database.read() as session:
+        found = components.list_components(session, kind=kind)
+    return json_answer({"items": [component_view(component) for component in found]})

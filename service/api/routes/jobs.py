@@ -1,0 +1,249 @@
+"""Jobs: submit, list, look at, cancel, delete. Progress has its own files."""
+
+import base64
+import binascii
+import json
+import shutil
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.orm import Session
+from starlette.responses import Response
+
+from service import queue
+from service.api.access import Reader, Submitter
+from service.api.body import JsonBody, read_json_body
+from service.api.context import ContextDep
+from service.api.examples import SUBMISSIONS
+from service.api.openapi import declares, json_body
+from service.api.parameters import PRINTABLE, JobPath, KnownQuery
+from service.api.schemas import DryRun, Job, JobPage
+from service.api.submission import prepare
+from service.api.validation import read_spec
+from service.api.views import job_view
+from service.api.wire import json_answer, json_bytes
+from service.contract.states import JobState
+from service.settings import Settings
+from service.store import events
+from service.store import jobs as store
+from service.store.records import known_shape
+
+router = APIRouter(prefix="/jobs", tags=["jobs"], dependencies=[KnownQuery])
+_log = structlog.get_logger(__name__)
+
+_Text = Annotated[str, Query(min_length=1, max_length=200, pattern=PRINTABLE)]
+_Tag = Annotated[str, Query(min_length=3, max_length=201, pattern=r"^[^\x00-\x1f\x7f:]+:[^\x00-\x1f\x7f]+$")]
+
+
+async def _body(request: Request, context: ContextDep, _caller: Submitter) -> JsonBody:
+    return await read_json_body(request, limit=context.settings.max_body_bytes)
+
+
+@router.post(
+    "",
+    status_code=HTTPStatus.ACCEPTED,
+    response_model=Job,
+    openapi_extra=json_body("JobSpec", SUBMISSIONS),
+    responses={
+        200: {"model": DryRun, "description": "With dry_run: valid, and nothing stored."},
+        202: {
+            "description": "Stored and queued.",
+            "headers": {"location": {"description": "The job's path.", "schema": {"type": "string"}}},
+        },
+        **declares(
+            HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+        ),
+    },
+)
+def submit_job(
+    context: ContextDep,
+    caller: Submitter,
+    body: Annotated[JsonBody, Depends(_body)],
+    dry_run: Annotated[bool, Query(description="Check everything, store nothing.")] = False,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="The same key and body give the same job; another body is refused.",
+        ),
+    ] = None,
+) -> Response:
+    """Submit a job.
+
+    It is stored before the answer; a broker that is down delays its start and nothing else.
+    """
+    spec = read_spec(body)
+    with context.database.read() as session:
+        submission = prepare(session, spec, context)
+    if dry_run:
+        return json_answer(
+            {
+                "valid": True,
+                "warnings": list(submission.warnings),
+                "resolved": submission.spec.model_dump(mode="json"),
+                "capable_workers": submission.capable_workers,
+            }
+        )
+    job_id = store.new_job_id()  # drawn once: a repeat after a commit whose answer was lost creates nothing
+
+    def store_it(session: Session) -> tuple[str, bytes, bool]:
+        job, created = store.submit(
+            session,
+            tenant=caller.tenant,
+            spec=submission.spec,
+            idempotency_key=idempotency_key,
+            body_hash=body.digest,
+            job_id=job_id,
+        )
+        if created:
+            _record_warnings(session, job.id, submission.warnings)
+        return job.id, json_bytes(job_view(session, job)), created
+
+    stored_id, answer, created = context.database.retry(store_it)
+    if created:
+        _wake_worker(context.settings, stored_id)
+    return Response(
+        answer,
+        status_code=HTTPStatus.ACCEPTED,
+        media_type="application/json",
+        headers={"location": f"/jobs/{stored_id}"},
+    )
+
+
+def _record_warnings(session: Session, job_id: str, warnings: Sequence[str]) -> None:
+    if not warnings:
+        return
+    recorded = {event.message for event in events.read(session, job_id, limit=1000)}
+    for warning in warnings:
+        if warning not in recorded:
+            events.append(session, job_id, type="warning", level="warning", message=warning)
+
+
+def _wake_worker(settings: Settings, job_id: str) -> None:
+    """Tell the queue. The job is committed: no failure here may reach the client."""
+    try:
+        sent = queue.enqueue(settings, job_id)
+    except Exception:  # noqa: BLE001  # whatever it is, the dispatcher sends what this could not
+        _log.exception("enqueue_failed", job_id=job_id)
+    else:
+        if not sent:
+            _log.warning("enqueue_failed", job_id=job_id, reason="the broker did not take the message")
+
+
+@router.get("", response_model=JobPage, responses=declares())
+def list_jobs(
+    context: ContextDep,
+    caller: Reader,
+    state: Annotated[list[JobState], Query(default_factory=list, description="Any of these; repeatable.")],
+    tag: Annotated[
+        list[_Tag], Query(default_factory=list, description="`key:value`; repeatable, all must match.")
+    ],
+    name: Annotated[_Text | None, Query(description="Exactly this name.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    cursor: Annotated[
+        str | None, Query(max_length=200, description="`next_cursor` of the page before.")
+    ] = None,
+) -> Response:
+    """Jobs of the caller's tenant, newest first."""
+    tags = []
+    for pair in tag:
+        key, _, value = pair.partition(":")
+        tags.append((key, value))
+    before = None if cursor is None else _position(cursor)
+    with context.database.read() as session:
+        # One more than asked for tells whether another page follows.
+        found = store.list_jobs(
+            session, tenant=caller.tenant, states=state, name=name, tags=tags, limit=limit + 1, before=before
+        )
+        items = [job_view(session, job) for job in found[:limit]]
+    more = len(found) > limit
+    return json_answer({"items": items, "next_cursor": _cursor(found[limit - 1]) if more else None})
+
+
+@router.get("/{job_id}", response_model=Job, responses=declares(HTTPStatus.NOT_FOUND))
+def get_job(context: ContextDep, caller: Reader, job_id: JobPath) -> Response:
+    """One job, with its transitions and its summary."""
+    with context.database.read() as session:
+        view = job_view(session, store.get(session, job_id, tenant=caller.tenant))
+    return json_answer(view)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    response_model=Job,
+    responses=declares(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
+)
+def cancel_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Response:
+    """Cancel a job; asking again changes nothing.
+
+    A queued job is cancelled at once. One that a worker holds stops at its next step; if it ends before, it
+    keeps its real outcome. A job that has succeeded or failed is a conflict.
+    """
+
+    def cancel(session: Session) -> dict[str, Any]:
+        return job_view(session, store.request_cancel(session, job_id, tenant=caller.tenant))
+
+    return json_answer(context.database.retry(cancel))
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=HTTPStatus.NO_CONTENT,
+    response_class=Response,
+    responses=declares(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
+)
+def delete_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Response:
+    """Delete a terminal job with its record, events and checkpoints. Any other state is a conflict."""
+
+    def delete(session: Session) -> list[str]:
+        return store.delete(session, job_id, tenant=caller.tenant)
+
+    directories = context.database.retry(delete)
+    for directory in directories:
+        _remove(context.settings.data_dir, Path(directory))
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+def _remove(data_dir: Path, directory: Path) -> None:
+    """Remove what a job left on disk. Only below the data directory, whatever a record says."""
+    place = (data_dir / directory).resolve()
+    if place == data_dir or not place.is_relative_to(data_dir):
+        _log.error("checkpoint_outside_data_dir", directory=str(directory))
+        return
+    try:
+        shutil.rmtree(place)
+    except FileNotFoundError:
+        pass  # workers on other hosts keep theirs
+    except OSError as error:
+        _log.error("checkpoint_not_removed", directory=str(place), error=str(error))
+
+
+def _cursor(job: store.Job) -> str:
+    position = json.dumps([job.created_at, job.id], separators=(",", ":")).encode("ascii")
+    return base64.urlsafe_b64encode(position).rstrip(b"=").decode("ascii")
+
+
+def _position(cursor: str) -> tuple[float, str]:
+    try:
+        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+        created_at, job_id = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        created_at = float(created_at)
+        if isinstance(job_id, str) and 0 < created_at < 1e11:
+            return created_at, known_shape(job_id)
+    except (ValueError, TypeError, binascii.Error):
+        pass
+    raise RequestValidationError(
+        [
+            {
+                "loc": ("query", "cursor"),
+                "msg": "is no cursor of this API; use `next_cursor` of the page before",
+            }
+        ]
+    )

@@ -1,0 +1,23 @@
+"""Who trains: the workers, their devices, and whether they are free."""
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from service.api.access import Reader
+from service.api.context import ContextDep
+from service.api.openapi import declares
+from service.api.parameters import KnownQuery
+from service.api.schemas import WorkerList
+from service.api.views import worker_view
+from service.api.wire import json_answer
+from service.store import workers
+
+router = APIRouter(prefix="/workers", tags=["fleet"], dependencies=[KnownQuery])
+
+
+@router.get("", response_model=WorkerList, responses=declares())
+def list_workers(context: ContextDep, _caller: Reader) -> Response:
+    """The workers that are alive: seen within three heartbeats."""
+    with context.database.read() as session:
+        found = workers.list_workers(session, live_seconds=context.live_seconds)
+    return json_answer({"items": [worker_view(worker) for worker in found]})

@@ -1,0 +1,91 @@
+"""A valid JobSpec against what the fleet is now: components, precision on its devices, who could run it.
+
+Reads the store; writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from service.api.catalogue import check_components, with_defaults
+from service.api.context import Context
+from service.api.pointers import pointer
+from service.contract.precision import DeviceCapability, UnsupportedPrecisionError, resolve
+from service.contract.spec import JobSpec
+from service.errors import FieldProblem, InvalidRequest
+from service.store import components, jobs, workers
+from service.store.workers import Capability
+
+NO_CATALOGUE = (
+    "no worker has published its components yet: names and parameters are unchecked, and a wrong one fails "
+    "the job when it starts"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A spec ready to be stored.
+
+    Attributes:
+        spec: with its defaults filled in.
+        warnings: what its author should know, a sentence each.
+        capable_workers: live workers that could run it.
+    """
+
+    spec: JobSpec
+    warnings: tuple[str, ...]
+    capable_workers: int
+
+
+def prepare(session: Session, spec: JobSpec, context: Context) -> Submission:
+    """Check `spec` against the fleet and fill in its defaults.
+
+    Raises:
+        InvalidRequest: an unknown component, a wrong parameter, or a precision that no device here has.
+    """
+    catalogue = components.catalogue(session)
+    problems = check_components(spec, catalogue) if catalogue else []
+    fitting = _fitting_devices(session, spec, context)
+    precision_problems, warnings = _check_precision(spec, fitting)
+    problems += precision_problems
+    if problems:
+        raise InvalidRequest("The job's specification is not valid.", problems)
+    if not catalogue:
+        warnings.append(NO_CATALOGUE)
+    capable = workers.count_capable(session, jobs.requirements(spec), live_seconds=context.live_seconds)
+    if capable == 0:
+        seconds = context.settings.no_worker_seconds
+        warnings.append(
+            f"no live worker can run this job now; it waits, and fails after {seconds:g} s without one"
+        )
+    return Submission(with_defaults(spec, catalogue), tuple(warnings), capable)
+
+
+def _fitting_devices(session: Session, spec: JobSpec, context: Context) -> list[Capability]:
+    """The distinct devices of the live workers that the spec's `resources.device` admits."""
+    wanted = spec.resources.device
+    live = workers.list_workers(session, live_seconds=context.live_seconds)
+    found = [worker.capability for worker in live if wanted in {"auto", worker.capability.device_type}]
+    return list(dict.fromkeys(found))
+
+
+def _check_precision(spec: JobSpec, devices: Sequence[Capability]) -> tuple[list[FieldProblem], list[str]]:
+    """What the precision means on each device: problems where no device can, warnings otherwise."""
+    problems: list[FieldProblem] = []
+    warnings: dict[str, None] = {}
+    for device in devices:
+        place = f" (on {device.device_name or device.device_type})" if len(devices) > 1 else ""
+        capability = DeviceCapability(
+            device_type=device.device_type, bf16=device.bf16, fp16=device.fp16, name=device.device_name
+        )
+        try:
+            resolved = resolve(spec.precision, capability)
+        except UnsupportedPrecisionError as error:
+            problems.append(FieldProblem(pointer("precision", error.field), error.reason))
+            warnings[f"{error.field}: {error.reason}{place}"] = None
+        else:
+            warnings.update(dict.fromkeys(f"{warning}{place}" for warning in resolved.warnings))
+    if devices and len(problems) == len(devices):
+        return list(dict.fromkeys(problems)), []
+    return [], list(warnings)

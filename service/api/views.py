@@ -1,0 +1,108 @@
+"""What is stored, as the fixed HTTP contract shows it: the fields of each answer and their order.
+
+Values are spelled by `wire`; `schemas` describes the same fields for the OpenAPI document.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.api.wire import timestamp
+from service.store import jobs, metrics
+from service.store.components import ComponentInfo
+from service.store.events import Event
+from service.store.jobs import Job, Transition
+from service.store.metrics import Stats
+from service.store.workers import Worker
+
+_STATS_FIELDS = tuple(field.name for field in fields(Stats) if field.name != "version")
+
+
+def job_view(session: Session, job: Job) -> dict[str, Any]:
+    """The Job, with its transitions and its summary read in the same transaction."""
+    return job_document(job, jobs.transitions(session, job.id), metrics.summarise(session, job.id))
+
+
+def job_document(job: Job, transitions: Sequence[Transition], stats: Stats) -> dict[str, Any]:
+    """The Job from its parts."""
+    return {
+        "id": job.id,
+        "name": job.name,
+        "state": job.state,
+        "is_terminal": job.state.is_terminal,
+        "status_reason": job.status_reason,
+        "spec": job.spec,
+        "attempt": job.attempt,
+        "max_attempts": job.max_attempts,
+        "priority": job.priority,
+        "tags": job.tags,
+        "parent_id": job.parent_id,
+        "worker": job.worker,
+        "created_at": timestamp(job.created_at),
+        "started_at": timestamp(job.started_at),
+        "finished_at": timestamp(job.finished_at),
+        "transitions": [
+            {"state": entered.state, "at": timestamp(entered.at), "reason": entered.reason}
+            for entered in transitions
+        ],
+        "stats": stats_view(stats),
+    }
+
+
+def stats_view(stats: Stats) -> dict[str, Any]:
+    """The summary: the stored fields, without the version that the etag carries."""
+    return {
+        **{name: getattr(stats, name) for name in _STATS_FIELDS},
+        "last_step_at": timestamp(stats.last_step_at),
+        "updated_at": timestamp(stats.updated_at),
+    }
+
+
+def event_view(event: Event) -> dict[str, Any]:
+    """One event."""
+    return {
+        "seq": event.seq,
+        "at": timestamp(event.at),
+        "type": event.type,
+        "level": event.level,
+        "message": event.message,
+        "data": event.data,
+    }
+
+
+def component_view(component: ComponentInfo) -> dict[str, Any]:
+    """One component of the catalogue."""
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "help": component.help,
+        "schema": component.schema,
+        "extra": component.extra,
+    }
+
+
+def worker_view(worker: Worker) -> dict[str, Any]:
+    """One live worker."""
+    capability = worker.capability
+    state = "draining" if worker.draining else "busy" if worker.busy >= worker.slots else "free"
+    return {
+        "id": worker.id,
+        "name": worker.name,
+        "pid": worker.pid,
+        "state": state,
+        "slots": worker.slots,
+        "busy": worker.busy,
+        "capability": {
+            "device_type": capability.device_type,
+            "device_name": capability.device_name,
+            "device_count": capability.device_count,
+            "bf16": capability.bf16,
+            "fp16": capability.fp16,
+            "memory_bytes": capability.memory_bytes,
+        },
+        "versions": worker.versions,
+        "started_at": timestamp(worker.started_at),
+        "last_seen": timestamp(worker.last_seen),
+    }
