@@ -250,12 +250,12 @@ def active_seconds(s: Session, job_id: str) -> float:
         NotFound: there is no such job.
     """
     entered = transitions(s, job_id)
-    now = s.scalar(select(db_now()))
-    if not entered or now is None:
+    if not entered:
         raise absent(job_id)
+    now: float = s.execute(select(db_now())).scalar_one()
     ends = [*(step.at for step in entered[1:]), now]
     stays = zip(entered, ends, strict=True)
-    return sum(max(0.0, end - step.at) for step, end in stays if step.state in _TRAINING)
+    return sum((max(0.0, end - step.at) for step, end in stays if step.state in _TRAINING), start=0.0)
 
 
 _TRAINING = frozenset({JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING})

@@ -165,16 +165,15 @@ def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted
     return move(s, job, JobState.FAILED, why=why, status_reason=reason)
 
 
+# What happened in every attempt, and the next thing to try.
 _EXHAUSTED = {
     ReasonCode.WORKER_LOST: (
         "lost its worker",
-        "Look at its events and at the worker's memory, then retry; a higher max_attempts helps on a fleet that "
-        "comes and goes.",
+        "Look at its events and at the worker's memory, then retry, with a higher max_attempts on unsteady hosts.",
     ),
     ReasonCode.STALLED: (
         "stopped making progress",
-        "Look at the last events and at what its dataset waits for; if single steps really take that long, raise "
-        "HALFSTEP_STALL_SECONDS on the workers, then retry.",
+        "Look at its last events, then retry; raise HALFSTEP_STALL_SECONDS if single steps really take so long.",
     ),
 }
 _CANCELLED = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request.")
