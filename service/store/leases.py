@@ -169,11 +169,11 @@ def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted
 _EXHAUSTED = {
     ReasonCode.WORKER_LOST: (
         "lost its worker",
-        "Look at its events and at the worker's memory, then retry, with a higher max_attempts on unsteady hosts.",
+        "Look at its events and the worker's memory, then retry; unsteady hosts need a higher max_attempts.",
     ),
     ReasonCode.STALLED: (
         "stopped making progress",
-        "Look at its last events, then retry; raise HALFSTEP_STALL_SECONDS if single steps really take so long.",
+        "Look at its last events, then retry; if single steps take so long, raise HALFSTEP_STALL_SECONDS.",
     ),
 }
 _CANCELLED = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request.")
