@@ -70,7 +70,7 @@ class _Registration:
     def stop(self) -> None:
         self._over.set()
         try:
-            self._database.retry(lambda s: workers.remove(s, worker_id=self.worker_id), seconds=2.0)
+            self._database.retry(lambda s: workers.remove(s, self.worker_id), seconds=2.0)
         except StoreUnavailable as error:
             log.warning("this worker's row stays until it is seen to be dead", error=str(error))
 
@@ -95,9 +95,7 @@ class _Registration:
         while not self._over.wait(self._settings.heartbeat_seconds):
             try:
                 self._database.retry(
-                    lambda s: workers.beat(
-                        s, worker_id=self.worker_id, busy=runner.busy, draining=runner.draining
-                    ),
+                    lambda s: workers.beat(s, self.worker_id, busy=runner.busy, draining=runner.draining),
                     seconds=self._settings.heartbeat_seconds,
                 )
             except StoreUnavailable as error:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -17,11 +18,26 @@ from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.errors import StoreUnavailable
 from service.store import events, jobs, metrics
 from service.store.database import Database
-from worker.training.checkpoint import CheckpointInfo
+from worker.training import checkpoint
+from worker.training.checkpoint import CheckpointInfo, CheckpointRef
 
 log = structlog.get_logger(__name__)
 
 Write = Callable[[Session], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    rows: Sequence[StepMetrics]
+    live: LiveStats
+
+
+@dataclass(frozen=True, slots=True)
+class _Transaction:
+    write: Write
+    then: Callable[[], object] | None = None  # after the commit
+
+
 MAX_BUFFERED_ROWS = 200_000  # about 40 MB; at 500 steps a second, 400 s of a database that is away
 MAX_BATCH_ROWS = 8_192
 RETRY_SECONDS = 1.0
@@ -42,7 +58,7 @@ class Reporter:
         self._database, self._job_id, self._fence = database, job_id, fence
         self._on_progress, self._max_rows = on_progress, max_rows
         self._changed = threading.Condition()
-        self._queue: deque[Write | tuple[Sequence[StepMetrics], LiveStats]] = deque()
+        self._queue: deque[_Batch | _Transaction] = deque()
         self._rows = 0
         self._busy = self._closing = False
         self._failure: BaseException | None = None
@@ -85,7 +101,7 @@ class Reporter:
             while self._rows and self._rows + len(rows) > self._max_rows:
                 self._changed.wait()
                 self._raise_failure()
-            self._queue.append((rows, live))
+            self._queue.append(_Batch(rows, live))
             self._rows += len(rows)
             self._changed.notify_all()
         self._on_progress(rows[-1].step, live.step_time_ms_p50 / 1e3)
@@ -119,6 +135,16 @@ class Reporter:
 
         self._put(write)
 
+    def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
+        """Drop these references, then their files. Queued behind the reference that takes their place."""
+        job, fence = self._job_id, self._fence
+
+        def write(session: Session) -> None:
+            for reference in checkpoints:
+                jobs.drop_checkpoint(session, job, fence, reference.step)
+
+        self._put(write, then=lambda: checkpoint.remove(checkpoints))
+
     def close(self) -> None:
         """Wait until everything is stored, then end the thread. Raises what the thread met."""
         self._drain()
@@ -127,10 +153,10 @@ class Reporter:
             self._changed.notify_all()
         self._thread.join()
 
-    def _put(self, write: Write) -> None:
+    def _put(self, write: Write, then: Callable[[], object] | None = None) -> None:
         with self._changed:
             self._raise_failure()
-            self._queue.append(write)
+            self._queue.append(_Transaction(write, then))
             self._changed.notify_all()
 
     def _drain(self) -> None:
@@ -150,10 +176,12 @@ class Reporter:
                     self._changed.wait()
                 if not self._queue:
                     return
-                write, taken = self._next_write()
+                transaction, taken = self._next()
                 self._busy = True
             try:
-                self._store(write)
+                self._store(transaction.write)
+                if transaction.then is not None:
+                    transaction.then()
             except BaseException as error:  # noqa: BLE001 - raised again in the training loop
                 with self._changed:
                     self._failure = error
@@ -166,24 +194,20 @@ class Reporter:
                 self._rows -= taken
                 self._changed.notify_all()
 
-    def _next_write(self) -> tuple[Write, int]:
-        """The next transaction: one callable, or all consecutive batches of rows up to a limit."""
+    def _next(self) -> tuple[_Transaction, int]:
+        """The next transaction and the rows in it: consecutive batches go together up to a limit."""
         first = self._queue.popleft()
-        if callable(first):
+        if isinstance(first, _Transaction):
             return first, 0
-        rows, live = list(first[0]), first[1]
-        while (
-            self._queue
-            and not callable(self._queue[0])
-            and len(rows) + len(self._queue[0][0]) <= MAX_BATCH_ROWS
-        ):
-            more = self._queue.popleft()
-            if callable(more):
-                raise TypeError("a batch of rows was expected")
-            rows.extend(more[0])
-            live = more[1]
+        rows, live = list(first.rows), first.live
+        while self._queue and isinstance(self._queue[0], _Batch):
+            if len(rows) + len(self._queue[0].rows) > MAX_BATCH_ROWS:
+                break
+            rows.extend(self._queue[0].rows)
+            live = self._queue[0].live
+            self._queue.popleft()
         job, fence = self._job_id, self._fence
-        return (lambda s: metrics.append(s, job, fence, rows, live)), len(rows)
+        return _Transaction(lambda s: metrics.append(s, job, fence, rows, live)), len(rows)
 
     def _store(self, write: Write) -> None:
         away_since: float | None = None

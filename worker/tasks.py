@@ -5,6 +5,7 @@ job, but the claim decides: highest priority, then oldest, of what this worker c
 """
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from service.store.database import Database
 from service.store.workers import Capability
 from worker.lease import LeaseKeeper
 from worker.process import ChildProcess
-from worker.protocol import RunOrder
+from worker.protocol import Done, RunOrder
 from worker.slots import Slot
 from worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
 
@@ -202,38 +203,48 @@ def _conclusion(
     job: jobs.Job, ending: Ending, *, host_memory_killed: bool
 ) -> Callable[[Session], jobs.Job] | None:
     """The store call that an ending asks for; None where this attempt may write nothing."""
-    done = ending.done
-    if ending.killed_for == "lost" or (done is not None and done.outcome == "stale"):
+    if ending.killed_for == "lost" or (ending.done is not None and ending.done.outcome == "stale"):
         return None
-    if done is not None:
-        match done.outcome:
-            case "finished":
-                return lambda s: jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
-            case "failed":
-                return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, done.reason)
-            case "cancel":
-                return lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, _CANCELLED)
-            case "pause":
-                return lambda s: jobs.finish(s, job.id, job.fence, JobState.PAUSED, None)
-            case "drain":
-                return lambda s: jobs.release(
-                    s, job.id, job.fence, charge_attempt=False, why="the worker was drained"
-                )
+    if ending.done is not None:
+        return _said(job, ending.done)
+
+    def give_back(
+        why: str, *, charge_attempt: bool, exhausted: ReasonCode = ReasonCode.WORKER_LOST
+    ) -> Callable[[Session], jobs.Job]:
+        return lambda s: jobs.release(
+            s, job.id, job.fence, charge_attempt=charge_attempt, why=why, exhausted=exhausted
+        )
+
     match ending.killed_for:
         case "cancel":
             return lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, _CANCELLED)
         case "drain":
             why = "the worker was drained; the job did not stop in time and goes on from its last checkpoint"
-            return lambda s: jobs.release(s, job.id, job.fence, charge_attempt=False, why=why)
+            return give_back(why, charge_attempt=False)
         case "stalled":
             why = f"no step was finished for too long after step {ending.last_step}"
-            return lambda s: jobs.release(
-                s, job.id, job.fence, charge_attempt=True, why=why, exhausted=ReasonCode.STALLED
-            )
-    if host_memory_killed and ending.returncode == -9:
+            return give_back(why, charge_attempt=True, exhausted=ReasonCode.STALLED)
+    if host_memory_killed and ending.returncode == -signal.SIGKILL:
         return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, _HOST_MEMORY)
-    why = f"the job's process ended with {_exit_text(ending.returncode)}"
-    return lambda s: jobs.release(s, job.id, job.fence, charge_attempt=True, why=why)
+    return give_back(f"the job's process ended with {_exit_text(ending.returncode)}", charge_attempt=True)
+
+
+def _said(job: jobs.Job, done: Done) -> Callable[[Session], jobs.Job]:
+    """The store call for a process that could tell how it ended."""
+    reason: dict[str, Any] | None = None
+    match done.outcome:
+        case "drain":
+            why = "the worker was drained"
+            return lambda s: jobs.release(s, job.id, job.fence, charge_attempt=False, why=why)
+        case "cancel":
+            state, reason = JobState.CANCELLED, _CANCELLED
+        case "pause":
+            state = JobState.PAUSED
+        case "failed":
+            state, reason = JobState.FAILED, done.reason
+        case _:
+            state = JobState.SUCCEEDED
+    return lambda s: jobs.finish(s, job.id, job.fence, state, reason)
 
 
 _CANCELLED: dict[str, Any] = {

@@ -78,10 +78,17 @@ class Cluster:
         self.client = httpx.Client(base_url=self.url, timeout=30.0)
 
     def start(self, name: str, module: str, *arguments: str, **settings: object) -> "subprocess.Popen[bytes]":
-        environment = {**self.environment, **{f"HALFSTEP_{key.upper()}": str(value) for key, value in settings.items()}}
+        environment = {
+            **self.environment,
+            **{f"HALFSTEP_{key.upper()}": str(value) for key, value in settings.items()},
+        }
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments], env=environment, cwd=self.folder, stdout=log, stderr=log
+                [sys.executable, "-m", module, *arguments],
+                env=environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
             )
         self.processes[name] = process
         return process
@@ -92,7 +99,9 @@ class Cluster:
 
     def start_worker(self, name: str) -> "subprocess.Popen[bytes]":
         process = self.start(name, "worker.app", worker_name=name)
-        wait_for(f"{name} is registered", lambda: name in [w["name"] for w in self.get("/workers")["items"]], 60)
+        wait_for(
+            f"{name} is registered", lambda: name in [w["name"] for w in self.get("/workers")["items"]], 60
+        )
         return process
 
     def _ready(self) -> bool:
@@ -116,7 +125,9 @@ class Cluster:
         found: dict[str, Any] = self.get(f"/jobs/{job_id}")
         return found
 
-    def wait(self, job_id: str, states: Sequence[str] = tuple(TERMINAL), seconds: float = 120) -> dict[str, Any]:
+    def wait(
+        self, job_id: str, states: Sequence[str] = tuple(TERMINAL), seconds: float = 120
+    ) -> dict[str, Any]:
         def look() -> dict[str, Any] | None:
             found = self.job(job_id)
             assert found["state"] in states or found["state"] not in TERMINAL, found
@@ -130,7 +141,10 @@ class Cluster:
         after = 0
         while True:
             page = self.get(
-                f"/jobs/{job_id}/metrics", after_step=after, limit=10_000, **({"fields": fields} if fields else {})
+                f"/jobs/{job_id}/metrics",
+                after_step=after,
+                limit=10_000,
+                **({"fields": fields} if fields else {}),
             )
             for name, values in page["columns"].items():
                 merged.setdefault(name, []).extend(values)
@@ -139,12 +153,16 @@ class Cluster:
             after = page["next_after_step"]
 
     def tails(self) -> str:
-        texts = [f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self.folder.glob("*.log")]
+        texts = [
+            f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self.folder.glob("*.log")
+        ]
         return "\n".join(texts)
 
     def stop(self) -> None:
         """End every process of this installation, politely first; children must be gone too."""
-        family = [pid for process in self.processes.values() for pid in [process.pid, *children_of(process.pid)]]
+        family = [
+            pid for process in self.processes.values() for pid in [process.pid, *children_of(process.pid)]
+        ]
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

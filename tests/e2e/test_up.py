@@ -97,7 +97,12 @@ def test_a_killed_supervisor_leaves_no_orphan_and_the_job_goes_on_later(up: Up, 
 def test_a_second_one_on_the_same_data_is_refused(up: Up) -> None:
     environment = {**up.cluster.environment, "HALFSTEP_PORT": str(free_port())}
     second = subprocess.run(
-        [sys.executable, "-m", "service.cli", "up"], env=environment, capture_output=True, timeout=60, check=False, cwd=ROOT
+        [sys.executable, "-m", "service.cli", "up"],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
     )
     assert second.returncode != 0
     assert b"HALFSTEP_DATA_DIR" in second.stderr + second.stdout

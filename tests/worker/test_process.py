@@ -14,6 +14,14 @@ from worker.process import ChildProcess, Exited
 from worker.protocol import Done, Progress, StopOrder
 
 SOON = 20.0
+PARENT = """
+import time
+from worker.process import Spawner
+child = Spawner().spawn({})
+child.ready.result(120)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
 
 
 def start(program: str) -> ChildProcess:
@@ -95,8 +103,7 @@ def test_a_waiting_process_dies_with_a_killed_parent(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "from worker.process import Spawner; import time; c = Spawner().spawn({});"
-            "c.ready.result(120); print(c.pid, flush=True); time.sleep(600)",
+            PARENT,
         ],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -6,7 +6,14 @@ from worker.protocol import Done, Message, Progress, Ready, RunOrder, StopOrder,
 
 MESSAGES: list[Message] = [
     RunOrder(
-        job_id="a", fence=3, attempt=1, spec={"name": "ü\n"}, settings={}, device="cpu", elapsed_seconds=0.5, checkpoints=[]
+        job_id="a",
+        fence=3,
+        attempt=1,
+        spec={"name": "ü\n"},
+        settings={},
+        device="cpu",
+        elapsed_seconds=0.5,
+        checkpoints=[],
     ),
     StopOrder(why="drain"),
     Ready(capability={"bf16": True}, components=[], versions={"torch": "2"}),
@@ -23,7 +30,9 @@ def test_a_message_is_one_line_and_comes_back_equal(message: Message) -> None:
     assert decode(line) == message
 
 
-@pytest.mark.parametrize("line", [b"", b"epoch 1\n", b"{}\n", b'{"kind": "Popen"}\n', b'{"kind": "Progress", "x": 1}\n'])
+@pytest.mark.parametrize(
+    "line", [b"", b"epoch 1\n", b"{}\n", b'{"kind": "Popen"}\n', b'{"kind": "Progress", "x": 1}\n']
+)
 def test_what_is_no_message_is_refused(line: bytes) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         decode(line)

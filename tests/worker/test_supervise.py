@@ -39,7 +39,9 @@ class Keeper:
         self.deadline = time.monotonic() + lease_left
 
 
-def run(child: Child, keeper: Keeper | None = None, graces: Graces | None = None, stall: float = 3600.0) -> Ending:
+def run(
+    child: Child, keeper: Keeper | None = None, graces: Graces | None = None, stall: float = 3600.0
+) -> Ending:
     box: list[Ending] = []
     thread = threading.Thread(
         target=lambda: box.append(
