@@ -1,0 +1,66 @@
+"""What this worker's devices can do, asked of torch and measured. On a GPU this creates a CUDA context."""
+
+import time
+from typing import Any
+
+import torch
+
+from worker.amp.capability import capability_of
+from worker.amp.memory import host_memory_bytes
+
+_EDGE = 256
+_BUDGET_SECONDS = 0.05
+"""FP16 matrix products on a CPU can be a hundred times slower than FP32: one is then enough."""
+
+
+def probe() -> dict[str, Any]:
+    """The worker's capability as JSON values.
+
+    Returns:
+        device_type ("cpu" or "cuda"), device_name, device_count, memory_bytes (of one device, or what the process
+        may use), bf16 (natively), fp16, torch (its version), and matmul_relative: the speed of a square matrix
+        product in float16 and bfloat16 over float32's, measured here.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    found = capability_of(device)
+    if on_gpu:
+        memory = int(torch.cuda.get_device_properties(device).total_memory)
+        count, name = torch.cuda.device_count(), torch.cuda.get_device_name(device)
+    else:
+        memory, count, name = host_memory_bytes(), 1, f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    full = _products_per_second(device, torch.float32)
+    return {
+        "device_type": device.type,
+        "device_name": name,
+        "device_count": count,
+        "memory_bytes": memory,
+        "bf16": found.bf16,
+        "fp16": found.fp16,
+        "torch": str(torch.__version__),
+        "matmul_relative": {
+            str(dtype).removeprefix("torch."): round(_products_per_second(device, dtype) / full, 3)
+            for dtype in (torch.float16, torch.bfloat16)
+        },
+    }
+
+
+def _products_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    left = torch.ones(_EDGE, _EDGE, dtype=dtype, device=device)
+    out = left @ left
+    _wait(device)
+    began = time.perf_counter()
+    done = 0
+    while True:
+        torch.mm(left, left, out=out)
+        done += 1
+        if done % 4 == 1:
+            _wait(device)
+            elapsed = time.perf_counter() - began
+            if elapsed >= _BUDGET_SECONDS:
+                return done / elapsed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

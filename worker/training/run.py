@@ -1,0 +1,382 @@
+"""One run between two step boundaries: model, engine, place in the data, and what is due.
+
+`loop` decides the order of things; each thing that a run can do is a method here.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.contract.metrics import LiveStats, StepMetrics
+from service.contract.spec import JobSpec
+from worker.amp import MixedPrecisionTrainer
+from worker.amp.telemetry import EngineEvent, StepRow
+from worker.training import checkpoint, environment, randomness
+from worker.training.assembly import Assembly, assemble
+from worker.training.batches import Batches, Plan, Position, excluded_from
+from worker.training.checkpoint import CheckpointRef, Payload
+from worker.training.errors import CheckpointDamaged, StorageFailed
+from worker.training.evaluation import evaluate
+from worker.training.failures import translated
+from worker.training.observer import Observer
+from worker.training.progress import RecentSteps
+
+_OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
+"""Engine events that keep their type; the others are alerts."""
+
+_MOST_PENDING = 4096
+
+
+class Run:
+    """A job being trained. Made whole by the constructor, which builds or restores everything.
+
+    Attributes:
+        step: optimizer steps taken, those before the checkpoint included.
+        resumed_from: the step of the checkpoint it went on from; 0: from scratch.
+        plan: how the data become steps.
+        checkpoints: those of the job that can be gone back to, newest first.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        observer: Observer,
+        *,
+        device: torch.device,
+        directory: Path,
+        fence: int,
+        text_roots: Sequence[Path],
+        flush_seconds: float,
+        resume: Sequence[CheckpointRef],
+        excluded: frozenset[Position],
+    ) -> None:
+        self._spec = spec
+        self._observer = observer
+        self._device = device
+        self._directory = directory
+        self._fence = fence
+        self._flush_seconds = flush_seconds
+        self._rows: list[StepMetrics] = []
+        self._events: list[EngineEvent] = []
+        self._unread: deque[Position] = deque()
+        self._skipped: list[tuple[int, Position]] = []
+        self._epoch_loss, self._epoch_steps, self._epoch = 0.0, 0, 1
+        self._memory_peak = 0
+        self._last_loss = math.nan
+        self._evaluated_at = self._saved_at = 0
+        self._flush_at = 0.0
+        self._data_fingerprint: str | None = None
+        self.step = self.resumed_from = 0
+
+        damaged: list[CheckpointDamaged] = []
+        found = checkpoint.load_newest(resume, damaged.append)
+        state: dict[str, Any] = dict(found[1].state) if found else {}
+        excluded |= excluded_from(state.get("excluded", ()))
+        randomness.seed_all(spec.training.seed)
+        with translated(spec, "building the job"):
+            self._parts = self._assemble(text_roots, excluded)
+            self._trainer = self._prepare_engine()
+        self.plan = self._parts.plan
+        self._batches = Batches(self._parts.dataset.train, self.plan, seed=spec.training.seed, device=device)
+        self._position = self.plan.first()
+        self.checkpoints = list(resume[len(damaged) :])
+        if found:
+            self._restore(found[1])
+        self._announce(resume[: len(damaged)], damaged, state)
+        self._recent = RecentSteps()
+        self._save_by = self._next_save_time()
+
+    @property
+    def done(self) -> bool:
+        """Every step of the job is taken."""
+        return self.plan.total_steps is not None and self.step >= self.plan.total_steps
+
+    @property
+    def skipped(self) -> list[tuple[int, Position]]:
+        """Step and place of each of the skipped steps at the end of what was read."""
+        return list(self._skipped)
+
+    def take_step(self) -> None:
+        """Train on the next group of micro-batches."""
+        with translated(self._spec, f"step {self.step + 1}"):
+            group = self._batches.group(self._position)
+            self._unread.append(self._position)
+            self._trainer.train_group(group)
+        self._recent.count(self._batches.samples(self._position))
+        self.step += 1
+
+    def pass_boundary(self) -> None:
+        """Close an epoch that ended, and do what is due: evaluation, report, checkpoint."""
+        before, self._position = self._position, self.plan.after(self._position)
+        epoch_ended = self._position.epoch > before.epoch
+        if epoch_ended:
+            with translated(self._spec, f"epoch {before.epoch}"):
+                self._trainer.end_epoch()
+        training = self._spec.training
+        every = training.evaluate_every_steps
+        if epoch_ended if every is None else self.step % every == 0:
+            self._evaluate()
+        now = time.monotonic()
+        if now >= self._flush_at or len(self._rows) >= _MOST_PENDING:
+            self.report()
+        every = training.checkpoint_every_steps
+        if (every is not None and self.step % every == 0) or now >= self._save_by:
+            self._save(required=False)
+
+    def stop(self, *, keep: bool) -> None:
+        """Leave between two steps; `keep` writes a checkpoint to go on from."""
+        self.report()
+        if keep:
+            self._save(required=False)
+
+    def finish(self) -> None:
+        """After the last step: its evaluation, and a checkpoint that holds the result."""
+        with translated(self._spec, f"step {self.step}"):
+            self._trainer.check()
+        self._evaluate()
+        self.report()
+        self._save(required=True)
+
+    def report(self) -> None:
+        """Tell the observer of every finished step, then of what happened in them."""
+        with translated(self._spec, f"step {self.step}"):
+            self._trainer.flush()
+        self.tell_rows()
+
+    def tell_rows(self) -> None:
+        """Report what was read so far; after a failure the engine is not asked again."""
+        self._recent.mark()
+        rows, self._rows = self._rows, []
+        events, self._events = self._events, []
+        if rows:
+            self._recent.add(rows)
+            self._observer.steps(rows, self._live())
+        for event in events:
+            own = event.type in _OWN_TYPES
+            data = event.data | {"step": event.step, "code": event.type}
+            self._observer.event(event.type if own else "alert", event.level, event.message, data)
+        self._flush_at = time.monotonic() + self._flush_seconds
+
+    def _assemble(self, text_roots: Sequence[Path], excluded: frozenset[Position]) -> Assembly:
+        training = self._spec.training
+
+        def plan(samples: int) -> Plan:
+            return Plan(
+                samples=samples,
+                batch_size=training.batch_size,
+                accumulation=training.gradient_accumulation_steps,
+                epochs=self._spec.epochs,
+                max_steps=training.max_steps,
+                excluded=excluded,
+            )
+
+        return assemble(self._spec, self._device, text_roots, plan)
+
+    def _prepare_engine(self) -> MixedPrecisionTrainer:
+        trainer = MixedPrecisionTrainer(self._spec.precision)
+        trainer.on_event = self._events.append
+        trainer.on_step = self._take_rows
+        trainer.setup_training(
+            self._parts.model,
+            self._parts.optimizer,
+            self._parts.criterion,
+            self._parts.scheduler,
+            device=self._device,
+            scheduler_interval=self._parts.scheduler_interval,
+            gradient_accumulation_steps=self._spec.training.gradient_accumulation_steps,
+        )
+        self._parts.model.train()
+        return trainer
+
+    def _announce(
+        self,
+        damaged_refs: Sequence[CheckpointRef],
+        damaged: Sequence[CheckpointDamaged],
+        state: dict[str, Any],
+    ) -> None:
+        self._observer.opened(total_steps=self.plan.total_steps)
+        self._observer.resumed(self.resumed_from)
+        for damage in damaged:
+            instead = f"that of step {self.resumed_from}" if self.resumed_from else "the start"
+            self._observer.event(
+                "checkpoint",
+                "warning",
+                f"{damage.message}; training goes on from {instead}",
+                damage.detail | {"code": "checkpoint_damaged", "resumed_from": self.resumed_from},
+            )
+        if damaged_refs:
+            self._observer.superseded(damaged_refs)
+        if state:
+            self._events.clear()  # told when the job began
+            changed = environment.differences(state["environment"], self._environment())
+            if changed:
+                listed = ", ".join(f"{name} {then} → {now}" for name, (then, now) in changed.items())
+                self._observer.event(
+                    "warning",
+                    "warning",
+                    f"the resumed run may differ in its last bits from an uninterrupted one: {listed}",
+                    {"code": "resume_not_exact", "differences": changed, "step": self.step},
+                )
+
+    def _take_rows(self, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            position = self._unread.popleft()
+            if row.skipped:
+                self._skipped.append((row.step, position))
+            else:
+                self._skipped.clear()
+            if position.epoch != self._epoch:
+                self._epoch, self._epoch_loss, self._epoch_steps = position.epoch, 0.0, 0
+            self._epoch_loss += row.loss
+            self._epoch_steps += 1
+            self._last_loss = row.loss
+            self._memory_peak = max(self._memory_peak, row.memory_peak_bytes)
+            self._rows.append(_metrics(row, position.epoch))
+
+    def _live(self) -> LiveStats:
+        stats = self._trainer.get_mixed_precision_stats()
+        performance = stats["performance_metrics"]
+        steps_per_second, samples_per_second = self._recent.rates()
+        p50, p95, longest = self._recent.quantiles_ms()
+        return LiveStats(
+            current_scale=stats["current_scale"],
+            memory_peak_bytes=self._memory_peak,
+            steps_per_second=steps_per_second,
+            samples_per_second=samples_per_second,
+            step_time_ms_p50=p50,
+            step_time_ms_p95=p95,
+            step_time_ms_max=longest,
+            host_syncs_per_step=performance.get("host_syncs_per_step", math.nan),
+            overflow_budget_exceeded=performance.get("overflow_budget_exceeded", False),
+            last_overflow=stats["last_overflow"],
+        )
+
+    def _evaluate(self) -> None:
+        if self._parts.dataset.held_out is None or self._evaluated_at == self.step:
+            return
+        self.report()
+        self._recent.leave()
+        with translated(self._spec, f"the evaluation after step {self.step}"):
+            evaluation = evaluate(
+                self._parts.dataset,
+                self._parts.criterion,
+                self._trainer.evaluation_region(),
+                step=self.step,
+                batch_size=self._spec.training.batch_size,
+                device=self._device,
+            )
+        if self._parts.scheduler_needs_evaluation:
+            self._parts.scheduler.step(evaluation.loss)
+        self._evaluated_at = self.step
+        self._recent.come_back()
+        self._observer.evaluated(evaluation)
+
+    def _save(self, *, required: bool) -> None:
+        self._save_by = self._next_save_time()
+        if self._saved_at == self.step:
+            return
+        self.report()
+        self._recent.leave()
+        payload = self._payload()
+        try:
+            info = checkpoint.save(
+                self._directory,
+                self._fence,
+                self.step,
+                payload,
+                metrics=self._figures(),
+                rollbacks=int(bool(self.plan.excluded)),
+            )
+        except StorageFailed as failure:
+            if required:
+                raise
+            # The checkpoints before it are whole, and the next one may succeed: a full disk need not end a long job.
+            self._observer.event(
+                "checkpoint", "error", failure.message, failure.detail | {"code": "checkpoint_failed"}
+            )
+            return
+        finally:
+            self._recent.come_back()
+        self._saved_at = self.step
+        self._observer.checkpointed(info)
+        keep = self._spec.training.keep_checkpoints
+        self.checkpoints.insert(0, info.ref)
+        superseded, self.checkpoints = self.checkpoints[keep:], self.checkpoints[:keep]
+        if superseded:
+            self._observer.superseded(superseded)
+
+    def _payload(self) -> Payload:
+        engine = self._trainer.state_dict()
+        weights = engine.pop("model")
+        return Payload(
+            weights=weights,
+            state={
+                "engine": engine,
+                "rng": randomness.capture(self._device),
+                "step": self.step,
+                "position": [self._position.epoch, self._position.group],
+                "excluded": sorted([place.epoch, place.group] for place in self.plan.excluded),
+                "skipped": [[step, place.epoch, place.group] for step, place in self._skipped],
+                "epoch": [self._epoch, self._epoch_loss, self._epoch_steps],
+                "evaluated_at": self._evaluated_at,
+                "environment": self._environment(),
+            },
+        )
+
+    def _restore(self, payload: Payload) -> None:
+        state = payload.state
+        with translated(self._spec, f"restoring the checkpoint of step {state['step']}"):
+            self._trainer.load_state_dict(state["engine"] | {"model": dict(payload.weights)})
+        self.step = self.resumed_from = self._saved_at = state["step"]
+        self._position = Position(*state["position"])
+        self._skipped = [(step, Position(epoch, group)) for step, epoch, group in state["skipped"]]
+        self._epoch, self._epoch_loss, self._epoch_steps = state["epoch"]
+        self._evaluated_at = state["evaluated_at"]
+        # Last: building the job has drawn from the generators.
+        randomness.restore(state["rng"], self._device)
+
+    def _environment(self) -> dict[str, Any]:
+        if self._data_fingerprint is None:
+            self._data_fingerprint = self._parts.dataset.train.fingerprint()
+        described = environment.describe(self._device, deterministic=self._spec.training.deterministic)
+        return described | {"data": self._data_fingerprint}
+
+    def _figures(self) -> dict[str, float]:
+        figures = {
+            "epoch": float(self._epoch),
+            "loss": self._last_loss,
+            "average_loss": self._epoch_loss / max(1, self._epoch_steps),
+        }
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def _next_save_time(self) -> float:
+        seconds = self._spec.training.checkpoint_every_seconds
+        return math.inf if seconds is None else time.monotonic() + seconds
+
+
+def _metrics(row: StepRow, epoch: int) -> StepMetrics:
+    return StepMetrics(
+        step=row.step,
+        epoch=epoch,
+        loss=row.loss,
+        scale=row.scale,
+        overflow=row.overflow,
+        nan=row.nan,
+        underflow=row.underflow,
+        skipped=row.skipped,
+        has_inf=row.has_inf,
+        has_nan=row.has_nan,
+        underflow_estimate=row.underflow_estimate,
+        grad_norm=row.grad_norm,
+        learning_rate=row.learning_rate,
+        memory_usage=row.memory_usage,
+        memory_allocated_bytes=row.memory_allocated_bytes,
+        memory_reserved_bytes=row.memory_reserved_bytes,
+        step_time_ms=row.step_time_ms,
+        compute_dtype=row.compute_dtype,
+    )

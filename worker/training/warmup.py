@@ -1,0 +1,24 @@
+"""Pays the first step's price before a job comes: what torch imports and builds only when training begins.
+
+Runs on the CPU alone and creates no CUDA context, so that a waiting process holds no device memory.
+"""
+
+import torch
+from torch import nn
+
+from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
+from worker.training.components import load_built_in
+
+
+def take_a_step() -> None:
+    """Train a tiny model for two steps in mixed precision; the global random number generator is put back."""
+    load_built_in()
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        trainer = MixedPrecisionTrainer(MixedPrecisionConfig())
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        trainer.setup_training(model, optimizer, nn.CrossEntropyLoss(), device="cpu")
+        batch = (torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
+        trainer.train_group([batch])
+        trainer.train_group([batch])
+        trainer.flush()
