@@ -101,9 +101,7 @@ class MixedPrecisionTrainer:
 
     @property
     def on_event(self) -> Callable[[EngineEvent], None] | None:
-        """Called with what happens to the precision of the run; set it before `setup_training` to miss
-        nothing.
-        """
+        """Called with what happens to the run's precision; set it before `setup_training` to miss nothing."""
         return self.mixed_precision_manager.on_event
 
     @on_event.setter
@@ -197,9 +195,7 @@ class MixedPrecisionTrainer:
         self.mixed_precision_manager.flush()
 
     def check(self) -> None:
-        """Raise what must end the run, if anything does; otherwise asked every 32 steps and at an epoch's
-        end.
-        """
+        """Raise what must end the run; it asks by itself every 32 steps and at an epoch's end."""
         self.mixed_precision_manager.check()
 
     def evaluation_region(self) -> AbstractContextManager[Callable[[Any], Any]]:
@@ -212,7 +208,9 @@ class MixedPrecisionTrainer:
         return self.mixed_precision_manager.evaluation_region()
 
     def get_mixed_precision_stats(self) -> dict[str, Any]:
-        """current_step, current_scale (the next step's), overflow_count, underflow_count, nan_count,
+        """The run so far.
+
+        Keys: current_step, current_scale (the next step's), overflow_count, underflow_count, nan_count,
         skipped_steps, average_scale, memory_usage (0..1), last_overflow, performance_metrics.
         """
         return self.mixed_precision_manager.get_mixed_precision_stats()
@@ -225,9 +223,7 @@ class MixedPrecisionTrainer:
         return {**self.mixed_precision_manager.state_dict(), "current_epoch": self.current_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Take back what `state_dict` gave; returns how the saved configuration differs from the running
-        one.
-        """
+        """Take back what `state_dict` gave; returns how the saved configuration differs from this one."""
         differences = self.mixed_precision_manager.load_state_dict(state)
         self.current_epoch = int(state["current_epoch"])
         return differences
