@@ -1,7 +1,7 @@
-"""From a job's specification to the objects that train: components found, built, and checked against each other.
+"""From a job's specification to the objects that train: components found, built and matched.
 
-Everything that can be known to be wrong before the first step is found here, with a sentence that names both sides
-and the remedy. No step is taken.
+Everything that can be known to be wrong before the first step is found here, with a sentence that names both
+sides and the remedy. No step is taken.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,8 +100,8 @@ def _criterion(ref: ComponentRef, dataset_name: str, info: DataInfo) -> Criterio
     if info.task not in tasks:
         fitting = _names(Kind.LOSS, lambda extra: info.task in extra["tasks"])
         raise InvalidComponent(
-            f"loss '{ref.name}' is for {' and '.join(tasks)}, but dataset '{dataset_name}' is for {info.task}; "
-            f"use one of {', '.join(fitting)}, or leave loss out",
+            f"loss '{ref.name}' is for {' and '.join(tasks)}, but dataset '{dataset_name}' is for "
+            f"{info.task}; use one of {', '.join(fitting)}, or leave loss out",
             detail={"pointer": "/loss/name"},
         )
     criterion: Criterion = _built(object, entry, entry.parse(ref.params), info)
@@ -127,8 +127,8 @@ def _scheduler(spec: JobSpec, optimizer: Optimizer, plan: Plan, *, has_held_out:
     needs_evaluation = bool(entry.component.extra["needs_evaluation"])
     if needs_evaluation and not has_held_out:
         raise InvalidComponent(
-            f"scheduler '{spec.scheduler.name}' follows the held-out loss, and dataset '{spec.dataset.name}' holds "
-            "nothing out; use another scheduler, or hold samples out",
+            f"scheduler '{spec.scheduler.name}' follows the held-out loss, and dataset "
+            f"'{spec.dataset.name}' holds nothing out; use another scheduler, or hold samples out",
             detail={"pointer": "/scheduler/name"},
         )
     by_step = spec.scheduler.interval == "step"
@@ -143,22 +143,23 @@ def _require_fit(model: Registered, dataset: Registered, info: DataInfo) -> None
     if info.inputs not in inputs:
         fitting = _names(Kind.MODEL, lambda extra: info.inputs in extra["inputs"])
         raise InvalidComponent(
-            f"model '{model_name}' takes {' or '.join(inputs)}, but dataset '{dataset_name}' gives {info.inputs} of "
-            f"shape {list(info.shape)}; use a model for them ({', '.join(fitting) or 'none is registered'}) or "
-            "another dataset",
+            f"model '{model_name}' takes {' or '.join(inputs)}, but dataset '{dataset_name}' gives "
+            f"{info.inputs} of shape {list(info.shape)}; use a model for them "
+            f"({', '.join(fitting) or 'none is registered'}) or another dataset",
             detail={"pointer": "/model/name"},
         )
     if info.task not in tasks:
         fitting = _names(Kind.MODEL, lambda extra: info.task in extra["tasks"])
         raise InvalidComponent(
-            f"model '{model_name}' learns {' or '.join(tasks)}, but dataset '{dataset_name}' is for {info.task}; use "
-            f"a model for it ({', '.join(fitting) or 'none is registered'}) or another dataset",
+            f"model '{model_name}' learns {' or '.join(tasks)}, but dataset '{dataset_name}' is for "
+            f"{info.task}; use a model for it ({', '.join(fitting) or 'none is registered'}) or another "
+            "dataset",
             detail={"pointer": "/model/name"},
         )
 
 
 def _require_output(name: str, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
-    """One sample through the model, without a trace: a wrong shape is said now, in words, and not in the loss."""
+    """One sample through the model, without a trace: a wrong shape is said now, in words."""
     info = dataset.info
     inputs, _ = fetch(dataset.train, torch.zeros(1, dtype=torch.int64, device=dataset.train.device))
     if not isinstance(inputs, Tensor):
@@ -173,8 +174,8 @@ def _require_output(name: str, model: nn.Module, dataset: Dataset, device: torch
             raise
         except Exception as error:
             raise InvalidComponent(
-                f"model '{name}' cannot take a sample of shape {list(inputs.shape[1:])} from the dataset: {error}; "
-                "change the model's parameters or the dataset",
+                f"model '{name}' cannot take a sample of shape {list(inputs.shape[1:])} from the dataset: "
+                f"{error}; change the model's parameters or the dataset",
                 detail={"pointer": "/model"},
             ) from error
         finally:
@@ -183,8 +184,8 @@ def _require_output(name: str, model: nn.Module, dataset: Dataset, device: torch
     expected = (*leading, info.outputs)
     if isinstance(output, Tensor) and tuple(output.shape) != expected:
         raise InvalidComponent(
-            f"model '{name}' gives an output of shape {list(output.shape)} for one sample, but {info.task} needs "
-            f"{list(expected)}; change the model's last layer",
+            f"model '{name}' gives an output of shape {list(output.shape)} for one sample, but {info.task} "
+            f"needs {list(expected)}; change the model's last layer",
             detail={"pointer": "/model"},
         )
 

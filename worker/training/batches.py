@@ -1,7 +1,7 @@
 """Where a run stands in its data, and the batches of its next step.
 
-A job's steps form one line: epochs of groups, each group the micro-batches of one optimizer step. The order of an
-epoch comes from `data.epoch_order`; nothing here draws a random number or knows a model.
+A job's steps form one line: epochs of groups, each group the micro-batches of one optimizer step. The order
+of an epoch comes from `data.epoch_order`; nothing here draws a random number or knows a model.
 """
 
 import math
@@ -16,7 +16,7 @@ from worker.training.data import Split, epoch_order
 from worker.training.errors import DataError, TrainingFailure
 
 _SHARE_OF_DEVICE = 0.25
-"""A training split is kept on the device when it takes at most this share of the memory that is free there."""
+"""A training split is kept on the device when it takes at most this share of its free memory."""
 
 MicroBatch = tuple[Any, Any]
 
@@ -138,7 +138,8 @@ def fetch(split: Split, indices: Tensor) -> MicroBatch:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise DataError(
-            f"the dataset could not give a batch of {len(indices)} samples: {error!r}; check its files and its code"
+            f"the dataset could not give a batch of {len(indices)} samples: {error!r}; check its files and "
+            "its code"
         ) from error
 
 

@@ -17,9 +17,9 @@ def probe() -> dict[str, Any]:
     """The worker's capability as JSON values.
 
     Returns:
-        device_type ("cpu" or "cuda"), device_name, device_count, memory_bytes (of one device, or what the process
-        may use), bf16 (natively), fp16, torch (its version), and matmul_relative: the speed of a square matrix
-        product in float16 and bfloat16 over float32's, measured here.
+        device_type ("cpu" or "cuda"), device_name, device_count, memory_bytes (of one device, or what the
+        process may use), bf16 (natively), fp16, torch (its version), and matmul_relative: the speed of a
+        square matrix product in float16 and bfloat16 over float32's, measured here.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written so that a crash at any instant leaves a whole one or none, and verified when read.
+"""Checkpoints on disk: a crash at any instant leaves a whole one or none, and reading verifies.
 
 A checkpoint is a directory whose name carries the fence and the step, with three files:
 
@@ -7,8 +7,8 @@ A checkpoint is a directory whose name carries the fence and the step, with thre
     manifest.json       version, fence, step, and the size and SHA-256 of the other two; written last
 
 Each file is written to a temporary name in the same directory, fsynced and renamed; the directory is fsynced
-before the manifest is written and after it. A checkpoint without a manifest does not exist. What is in the state
-is the caller's business; no training happens here.
+before the manifest is written and after it. A checkpoint without a manifest does not exist. What is in the
+state is the caller's business; no training happens here.
 """
 
 import contextlib
@@ -140,8 +140,8 @@ def save(
         # torch reports a full disk as RuntimeError, safetensors as its own error.
         shutil.rmtree(target, ignore_errors=True)
         raise StorageFailed(
-            f"the checkpoint of step {step} could not be written to {directory}: {error}; free disk space there or "
-            "correct its permissions",
+            f"the checkpoint of step {step} could not be written to {directory}: {error}; free disk space "
+            "there or correct its permissions",
             detail={"step": step, "path": str(directory)},
         ) from error
     return CheckpointInfo(
@@ -179,7 +179,10 @@ def load(ref: CheckpointRef) -> Payload:
 def load_newest(
     refs: Sequence[CheckpointRef], on_damage: Callable[[CheckpointDamaged], None]
 ) -> tuple[CheckpointRef, Payload] | None:
-    """The first of `refs` (newest first) that is whole; None when none is. Damage is reported, then passed over."""
+    """The first of `refs` (newest first) that is whole.
+
+    None when none is. Damage is reported, then passed over.
+    """
     for ref in refs:
         try:
             return ref, load(ref)

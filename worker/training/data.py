@@ -110,7 +110,8 @@ class TensorSplit:
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise DataError(
-                f"the dataset has {len(self.inputs)} inputs and {len(self.targets)} targets; there must be one each"
+                f"the dataset has {len(self.inputs)} inputs and {len(self.targets)} targets; there must be "
+                "one each"
             )
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ def describe(device: torch.device, *, deterministic: bool) -> dict[str, Any]:
         described |= {
             "device_name": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # unannotated in torch
         }
     return described
 

@@ -1,4 +1,7 @@
-"""One pass over the held-out split: its loss and the metrics of its task. Nothing of the training changes by it."""
+"""One pass over the held-out split.
+
+Its loss and the metrics of its task. Nothing of the training changes by it.
+"""
 
 import math
 import time
@@ -41,7 +44,8 @@ def evaluate(
     if split is None:
         raise ValueError("the dataset holds nothing out, so there is nothing to evaluate")
     started = time.perf_counter()
-    # Sums stay on the device in float64: one read at the end, and the order of batches decides no digit that shows.
+    # Sums stay on the device in float64: one read at the end, and the order of batches decides no digit that
+    # shows.
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     metric_sum = torch.zeros((), dtype=torch.float64, device=device)
     metric_of = _METRICS[dataset.info.task]

@@ -1,7 +1,7 @@
 """From an exception in a component or in the engine to the failure that a client reads.
 
-Only code that is not ours to fix, or that ran out of something, is translated; an exception of the observer passes
-through untouched.
+Only code that is not ours to fix, or that ran out of something, is translated; an exception of the observer
+passes through untouched.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,10 @@ _HOST_ALLOCATOR = (
 
 @contextmanager
 def translated(spec: JobSpec, doing: str) -> Iterator[None]:
-    """Run component and engine code; what it raises leaves as a TrainingFailure that says what was being done."""
+    """Run component and engine code.
+
+    What it raises leaves as a TrainingFailure that says what was being done.
+    """
     try:
         yield
     except TrainingFailure:
@@ -67,7 +70,8 @@ def _out_of_memory(spec: JobSpec, doing: str, code: ReasonCode, where: str, text
         smaller = training.batch_size // 2
         remedies.append(
             f"batch_size {smaller} with gradient_accumulation_steps "
-            f"{-(-training.batch_size * training.gradient_accumulation_steps // smaller)}, which trains the same"
+            f"{-(-training.batch_size * training.gradient_accumulation_steps // smaller)}, which trains the "
+            "same"
         )
     if not spec.precision.activation_checkpointing:
         remedies.append("precision.activation_checkpointing true")

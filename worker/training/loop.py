@@ -1,8 +1,8 @@
 """The training of one job, from its specification to its last checkpoint.
 
-A run is a line of step boundaries. At each one, in this order: an epoch that ended is closed, an evaluation that is
-due is made, finished steps are reported, a checkpoint that is due is written, and a request to stop is obeyed. The
-precision of a step is the engine's; what a step costs to report is the observer's.
+A run is a line of step boundaries. At each one, in this order: an epoch that ended is closed, an evaluation
+that is due is made, finished steps are reported, a checkpoint that is due is written, and a request to stop
+is obeyed. The precision of a step is the engine's; what a step costs to report is the observer's.
 """
 
 import time
@@ -77,7 +77,8 @@ class Outcome:
 def train(config: RunConfig, observer: Observer, should_stop: Callable[[], StopRequest | None]) -> Outcome:
     """Train a job until it is done or asked to stop.
 
-    The caller's global random number generators are seeded and used; torch's deterministic switch is put back.
+    The caller's global random number generators are seeded and used; torch's deterministic switch is put
+    back.
 
     Raises:
         TrainingFailure: the run cannot go on; see `worker.training.errors`.
@@ -156,8 +157,8 @@ def _roll_back(
     observer.event(
         "alert",
         "warning",
-        f"{failure.message} Training goes back to {target} and leaves out the batches of the {len(places)} skipped "
-        "steps; a second time it will fail.",
+        f"{failure.message} Training goes back to {target} and leaves out the batches of the {len(places)} "
+        "skipped steps; a second time it will fail.",
         {
             "code": "batches_excluded",
             "step": run.step,

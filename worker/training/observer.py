@@ -14,7 +14,10 @@ class Observer(Protocol):
         """The components are built; None: nothing bounds the steps."""
 
     def resumed(self, step: int) -> None:
-        """Training goes on after `step` (0: from the start). Returns once the record holds nothing beyond it."""
+        """Training goes on after `step` (0.
+
+        From the start). Returns once the record holds nothing beyond it.
+        """
 
     def steps(self, rows: Sequence[StepMetrics], live: LiveStats) -> None:
         """Finished steps, contiguous and in order."""
@@ -31,6 +34,6 @@ class Observer(Protocol):
     def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
         """These are no longer needed.
 
-        Their files may go (`checkpoint.remove`) once everything reported before this call is durable and the record
-        names them no more: a record must never name only files that are gone.
+        Their files may go (`checkpoint.remove`) once everything reported before this call is durable and the
+        record names them no more: a record must never name only files that are gone.
         """

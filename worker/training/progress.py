@@ -15,7 +15,10 @@ _WINDOW_SECONDS = 10.0
 
 
 class RecentSteps:
-    """A window over the newest steps. Rates are wall-clock rates of training: evaluation and checkpoints are left out."""
+    """A window over the newest steps.
+
+    Rates are wall-clock rates of training: evaluation and checkpoints are left out.
+    """
 
     def __init__(self) -> None:
         self._times_ms: deque[float] = deque(maxlen=_WINDOW_STEPS)
@@ -46,7 +49,10 @@ class RecentSteps:
             self._left_at = None
 
     def mark(self) -> None:
-        """Remember how far the run is now; the rates are taken between the oldest mark kept and the newest."""
+        """Remember how far the run is now.
+
+        The rates are taken between the oldest mark kept and the newest.
+        """
         now = time.monotonic() - self._away
         self._marks.append((now, self._steps, self._samples))
         while len(self._marks) > 2 and now - self._marks[1][0] >= _WINDOW_SECONDS:

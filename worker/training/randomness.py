@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.deterministic as fresh_memory
+
+_FRESH_MEMORY: Any = torch.utils.deterministic
+"""A module whose properties type checkers do not see."""
 
 
 def seed_all(seed: int) -> None:
@@ -54,11 +56,14 @@ def restore(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Refuse operations without a deterministic kernel inside the block; the process's switches return after it."""
+    """Refuse operations without a deterministic kernel inside the block.
+
+    The process's switches return after it.
+    """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        fresh_memory.fill_uninitialized_memory,
+        _FRESH_MEMORY.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
     )
     if enabled:
@@ -66,11 +71,11 @@ def deterministic(enabled: bool) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
     # Filling every fresh tensor costs time in each step and guards only against reading uninitialised memory.
-    fresh_memory.fill_uninitialized_memory = False
+    _FRESH_MEMORY.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        fresh_memory.fill_uninitialized_memory = before[2]
+        _FRESH_MEMORY.fill_uninitialized_memory = before[2]
         torch.backends.cudnn.benchmark = before[3]

@@ -295,7 +295,8 @@ class Run:
         except StorageFailed as failure:
             if required:
                 raise
-            # The checkpoints before it are whole, and the next one may succeed: a full disk need not end a long job.
+            # The checkpoints before it are whole, and the next one may succeed: a full disk need not end a
+            # long job.
             self._observer.event(
                 "checkpoint", "error", failure.message, failure.detail | {"code": "checkpoint_failed"}
             )

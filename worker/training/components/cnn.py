@@ -1,4 +1,7 @@
-"""The model `cnn`: two convolutions and two linear layers over small images. Other models have their own files."""
+"""The model `cnn`.
+
+Two convolutions and two linear layers over small images. Other models have their own files.
+"""
 
 from typing import Annotated
 
@@ -32,7 +35,8 @@ class Cnn(nn.Module):
         channels, height, width = data.shape
         if height < 2 or width < 2:
             raise InvalidComponent(
-                f"model 'cnn' halves its images once and needs at least 2x2 pixels; these are {height}x{width}"
+                "model 'cnn' halves its images once and needs at least 2x2 pixels; these are "
+                f"{height}x{width}"
             )
         first, second = parameters.channels
         padding = parameters.kernel_size // 2
@@ -52,7 +56,7 @@ class Cnn(nn.Module):
         hidden = functional.relu(self.bn2(self.conv2(hidden)))
         hidden = functional.max_pool2d(hidden, 2).flatten(1)
         hidden = self.dropout(functional.relu(self.fc1(hidden)))
-        return self.fc2(hidden)  # type: ignore[no-any-return]  # modules are untyped when called
+        return self.fc2(hidden)  # type: ignore[no-any-return]  # modules are untyped
 
 
 @register_model(

@@ -1,7 +1,7 @@
 """The dataset `digits`: scikit-learn's handwritten digits, 1 797 real 8x8 images of 10 classes.
 
-The file is read from the installed package without importing it, which would cost a second. Other datasets have
-their own files.
+The file is read from the installed package without importing it, which would cost a second. Other datasets
+have their own files.
 """
 
 import importlib.util

@@ -56,7 +56,7 @@ class Attention(nn.Module):
         attended = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.proj(attended.transpose(1, 2).reshape(batch, sequence, width))  # type: ignore[no-any-return]  # modules are untyped when called
+        return self.proj(attended.transpose(1, 2).reshape(batch, sequence, width))  # type: ignore[no-any-return]  # modules are untyped
 
 
 class Block(nn.Module):
@@ -75,11 +75,14 @@ class Block(nn.Module):
         """The stream after this block."""
         stream = stream + self.drop(self.attn(self.ln1(stream)))
         hidden = functional.gelu(self.fc1(self.ln2(stream)))
-        return stream + self.drop(self.fc2(hidden))  # type: ignore[no-any-return]  # modules are untyped when called
+        return stream + self.drop(self.fc2(hidden))  # type: ignore[no-any-return]  # modules are untyped
 
 
 class Gpt(nn.Module):
-    """Bytes in, logits of the next byte out. Input (batch, sequence) int64, output (batch, sequence, vocabulary)."""
+    """Bytes in, logits of the next byte out.
+
+    Input (batch, sequence) int64, output (batch, sequence, vocabulary).
+    """
 
     def __init__(self, parameters: GptParameters, data: DataInfo) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class Gpt(nn.Module):
         stream = self.drop(self.tokens(tokens) + self.positions(positions))
         for block in self.blocks:
             stream = block(stream)
-        return self.head(self.ln(stream))  # type: ignore[no-any-return]  # modules are untyped when called
+        return self.head(self.ln(stream))  # type: ignore[no-any-return]  # modules are untyped
 
 
 @register_model(

@@ -129,19 +129,19 @@ class AdafactorParameters(Parameters):
     "adamw", AdamWParameters, summary="Adam with decoupled weight decay; the default at 1e-3."
 )
 def build_adamw(parameters: AdamWParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s AdamW."""
+    """PyTorch's AdamW."""
     return torch.optim.AdamW(weights, **_options(parameters), **_kernel(parameters.implementation, weights))
 
 
 @register_optimizer("adam", AdamParameters, summary="Adam.")
 def build_adam(parameters: AdamParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s Adam."""
+    """PyTorch's Adam."""
     return torch.optim.Adam(weights, **_options(parameters), **_kernel(parameters.implementation, weights))
 
 
 @register_optimizer("sgd", SgdParameters, summary="Stochastic gradient descent, with momentum if asked.")
 def build_sgd(parameters: SgdParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s SGD."""
+    """PyTorch's SGD."""
     # A fused first step that is skipped leaves a momentum buffer that dampening would make wrong.
     dampened = parameters.momentum > 0 and parameters.dampening > 0
     if dampened and parameters.implementation == "fused":
@@ -156,44 +156,44 @@ def build_sgd(parameters: SgdParameters, weights: Weights) -> torch.optim.Optimi
 
 @register_optimizer("adagrad", AdagradParameters, summary="Adagrad.")
 def build_adagrad(parameters: AdagradParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s Adagrad."""
+    """PyTorch's Adagrad."""
     kernel = _kernel(parameters.implementation, weights, fused_on=("cpu",))
     return torch.optim.Adagrad(weights, **_options(parameters), **kernel)
 
 
 @register_optimizer("rmsprop", RmspropParameters, summary="RMSprop.")
 def build_rmsprop(parameters: RmspropParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s RMSprop."""
+    """PyTorch's RMSprop."""
     return torch.optim.RMSprop(weights, **_options(parameters))
 
 
 @register_optimizer("adamax", AdamaxParameters, summary="Adam with the maximum norm.")
 def build_adamax(parameters: AdamaxParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s Adamax."""
+    """PyTorch's Adamax."""
     return torch.optim.Adamax(weights, **_options(parameters))
 
 
 @register_optimizer("nadam", NadamParameters, summary="Adam with Nesterov's momentum.")
 def build_nadam(parameters: NadamParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s NAdam."""
+    """PyTorch's NAdam."""
     return torch.optim.NAdam(weights, **_options(parameters))
 
 
 @register_optimizer("radam", RadamParameters, summary="Adam with a rectified start, which needs no warm-up.")
 def build_radam(parameters: RadamParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s RAdam."""
+    """PyTorch's RAdam."""
     return torch.optim.RAdam(weights, **_options(parameters))
 
 
 @register_optimizer("adadelta", AdadeltaParameters, summary="Adadelta.")
 def build_adadelta(parameters: AdadeltaParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s Adadelta."""
+    """PyTorch's Adadelta."""
     return torch.optim.Adadelta(weights, **_options(parameters))
 
 
 @register_optimizer("adafactor", AdafactorParameters, summary="Adafactor: second moments in factored form.")
 def build_adafactor(parameters: AdafactorParameters, weights: Weights) -> torch.optim.Optimizer:
-    """PyTorch\'s Adafactor."""
+    """PyTorch's Adafactor."""
     return torch.optim.Adafactor(weights, **_options(parameters))
 
 

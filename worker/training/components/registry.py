@@ -8,9 +8,9 @@ A component is a builder function with a model of its parameters. Builders of on
     optimizer  (parameters, weights: list[Parameter])   -> torch.optim.Optimizer
     scheduler  (parameters, optimizer, length: Length)  -> torch.optim.lr_scheduler.LRScheduler
 
-Packages register theirs through the entry-point groups `halfstep.models`, `.datasets`, `.losses`, `.optimizers`
-and `.schedulers`: the entry point's object is the decorated builder and its name the registered one. Modules
-that an operator lists are imported. No component is defined here.
+Packages register theirs through the entry-point groups `halfstep.models`, `.datasets`, `.losses`,
+`.optimizers` and `.schedulers`: the entry point's object is the decorated builder and its name the registered
+one. Modules that an operator lists are imported. No component is defined here.
 """
 
 import difflib
@@ -68,8 +68,8 @@ class Component:
         name: what a specification calls it.
         help: one line.
         schema: JSON Schema (Draft 2020-12) of its parameters.
-        extra: of a model `inputs` and `tasks`, of a dataset `task` (and `task_parameter`, the parameter that can
-            change it), of a loss `tasks`, of a scheduler `needs_evaluation`.
+        extra: of a model `inputs` and `tasks`, of a dataset `task` (and `task_parameter`, the parameter that
+            can change it), of a loss `tasks`, of a scheduler `needs_evaluation`.
     """
 
     kind: Kind
@@ -220,13 +220,13 @@ def load_entry_points() -> list[str]:
                 point.load()
             except Exception as error:
                 raise InvalidComponent(
-                    f"the entry point '{point.name}' of {group} ({point.value}) cannot be imported: {error!r}; "
-                    "repair or remove the package that brings it"
+                    f"the entry point '{point.name}' of {group} ({point.value}) cannot be imported: "
+                    f"{error!r}; repair or remove the package that brings it"
                 ) from error
             if (kind, point.name) not in _registered:
                 raise InvalidComponent(
-                    f"the entry point '{point.name}' of {group} ({point.value}) registers no {kind} of that name; "
-                    f"decorate its builder with register_{kind}('{point.name}', …)"
+                    f"the entry point '{point.name}' of {group} ({point.value}) registers no {kind} of that "
+                    f"name; decorate its builder with register_{kind}('{point.name}', …)"
                 )
             loaded.append(f"{kind}/{point.name}")
     return loaded
@@ -244,7 +244,8 @@ def load_modules(names: Iterable[str]) -> None:
             importlib.import_module(name)
         except Exception as error:
             raise InvalidComponent(
-                f"the component module '{name}' cannot be imported: {error!r}; correct the setting or the module"
+                f"the component module '{name}' cannot be imported: {error!r}; correct the setting or the "
+                "module"
             ) from error
 
 

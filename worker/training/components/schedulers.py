@@ -137,7 +137,7 @@ class ReduceOnPlateauParameters(Parameters):
 
 
 class WarmupCosine(lr_scheduler.LRScheduler):
-    """Linear rise over `warmup` advances, then half a cosine down to `min_factor` at `total`, then constant."""
+    """Linear rise over `warmup` advances, half a cosine down to `min_factor` at `total`, then constant."""
 
     def __init__(self, optimizer: Optimizer, *, warmup: int, total: int, min_factor: float) -> None:
         self.warmup = warmup
@@ -158,7 +158,7 @@ class WarmupCosine(lr_scheduler.LRScheduler):
 
 @register_scheduler("step_lr", StepLrParameters, summary="Reduce the rate every so many advances.")
 def build_step_lr(p: StepLrParameters, optimizer: Optimizer, _length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s StepLR."""
+    """PyTorch's StepLR."""
     return lr_scheduler.StepLR(optimizer, step_size=p.step_size, gamma=p.gamma)
 
 
@@ -166,7 +166,7 @@ def build_step_lr(p: StepLrParameters, optimizer: Optimizer, _length: Length) ->
 def build_multi_step(
     p: MultiStepParameters, optimizer: Optimizer, _length: Length
 ) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s MultiStepLR."""
+    """PyTorch's MultiStepLR."""
     return lr_scheduler.MultiStepLR(optimizer, milestones=sorted(p.milestones), gamma=p.gamma)
 
 
@@ -174,19 +174,19 @@ def build_multi_step(
 def build_exponential(
     p: ExponentialParameters, optimizer: Optimizer, _length: Length
 ) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s ExponentialLR."""
+    """PyTorch's ExponentialLR."""
     return lr_scheduler.ExponentialLR(optimizer, gamma=p.gamma)
 
 
 @register_scheduler("constant", ConstantParameters, summary="A smaller rate at first, then the full one.")
 def build_constant(p: ConstantParameters, optimizer: Optimizer, _length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s ConstantLR."""
+    """PyTorch's ConstantLR."""
     return lr_scheduler.ConstantLR(optimizer, factor=p.factor, total_iters=p.total)
 
 
 @register_scheduler("cosine", CosineParameters, summary="Half a cosine from the full rate down.")
 def build_cosine(p: CosineParameters, optimizer: Optimizer, length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s CosineAnnealingLR."""
+    """PyTorch's CosineAnnealingLR."""
     total = _total("cosine", p.total, length)
     return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=p.min_lr)
 
@@ -197,7 +197,7 @@ def build_cosine(p: CosineParameters, optimizer: Optimizer, length: Length) -> l
 def build_cosine_warm_restarts(
     p: CosineWarmRestartsParameters, optimizer: Optimizer, _length: Length
 ) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s CosineAnnealingWarmRestarts."""
+    """PyTorch's CosineAnnealingWarmRestarts."""
     return lr_scheduler.CosineAnnealingWarmRestarts(
         optimizer, T_0=p.first, T_mult=p.multiplier, eta_min=p.min_lr
     )
@@ -205,7 +205,7 @@ def build_cosine_warm_restarts(
 
 @register_scheduler("linear", LinearParameters, summary="A straight line from one factor to another.")
 def build_linear(p: LinearParameters, optimizer: Optimizer, length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s LinearLR."""
+    """PyTorch's LinearLR."""
     total = _total("linear", p.total, length)
     return lr_scheduler.LinearLR(
         optimizer, start_factor=p.start_factor, end_factor=p.end_factor, total_iters=total
@@ -216,7 +216,7 @@ def build_linear(p: LinearParameters, optimizer: Optimizer, length: Length) -> l
 def build_polynomial(
     p: PolynomialParameters, optimizer: Optimizer, length: Length
 ) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s PolynomialLR."""
+    """PyTorch's PolynomialLR."""
     total = _total("polynomial", p.total, length)
     return lr_scheduler.PolynomialLR(optimizer, total_iters=total, power=p.power)
 
@@ -225,7 +225,7 @@ def build_polynomial(
     "one_cycle", OneCycleParameters, summary="One rise and fall over the job; momentum stays as it is."
 )
 def build_one_cycle(p: OneCycleParameters, optimizer: Optimizer, length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s OneCycleLR."""
+    """PyTorch's OneCycleLR."""
     total = _total("one_cycle", p.total, length)
     # torch raises at the first advance beyond the cycle: better said now than after hours.
     if length.total is not None and total < length.total:
@@ -251,7 +251,7 @@ def build_one_cycle(p: OneCycleParameters, optimizer: Optimizer, length: Length)
     "cyclic", CyclicParameters, summary="Triangles between two rates; momentum stays as it is."
 )
 def build_cyclic(p: CyclicParameters, optimizer: Optimizer, _length: Length) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s CyclicLR."""
+    """PyTorch's CyclicLR."""
     return lr_scheduler.CyclicLR(
         optimizer,
         base_lr=p.base_lr,
@@ -272,7 +272,8 @@ def build_warmup_cosine(
     total = _total("warmup_cosine", p.total, length)
     if p.warmup >= total:
         raise InvalidComponent(
-            f"scheduler 'warmup_cosine' warms up for {p.warmup} {length.unit}s of {total}; choose a smaller warmup",
+            f"scheduler 'warmup_cosine' warms up for {p.warmup} {length.unit}s of {total}; choose a smaller "
+            "warmup",
             detail={"pointer": "/scheduler/params/warmup"},
         )
     return WarmupCosine(optimizer, warmup=p.warmup, total=total, min_factor=p.min_factor)
@@ -287,7 +288,7 @@ def build_warmup_cosine(
 def build_reduce_on_plateau(
     p: ReduceOnPlateauParameters, optimizer: Optimizer, _length: Length
 ) -> lr_scheduler.LRScheduler:
-    """PyTorch\'s ReduceLROnPlateau."""
+    """PyTorch's ReduceLROnPlateau."""
     return lr_scheduler.ReduceLROnPlateau(
         optimizer,
         factor=p.factor,
@@ -302,8 +303,8 @@ def _total(name: str, asked: int | None, length: Length) -> int:
     total = asked if asked is not None else length.total
     if total is None:
         raise InvalidComponent(
-            f"scheduler '{name}' needs an end, and nothing bounds the job's {length.unit}s: give its total, or "
-            "training.epochs",
+            f"scheduler '{name}' needs an end, and nothing bounds the job's {length.unit}s: give its total, "
+            "or training.epochs",
             detail={"pointer": "/scheduler/params/total"},
         )
     return total

@@ -41,7 +41,7 @@ class SyntheticParameters(Parameters):
     seed: Seed = Field(default=0, description="Of the data itself; the job's seed decides the order.")
     non_finite_steps: Annotated[tuple[Count, ...], Field(max_length=10_000)] = Field(
         default=(),
-        description="Steps of the first epoch whose first sample is non-finite; the sample stays so in later epochs.",
+        description="Steps of the first epoch whose first sample is non-finite, as it stays later.",
     )
     non_finite_value: Literal["nan", "inf"] = Field(default="nan", description="What those samples hold.")
 
@@ -60,7 +60,10 @@ class SyntheticParameters(Parameters):
     task_parameter="task",
 )
 def build_synthetic(parameters: SyntheticParameters, request: DataRequest) -> Dataset:
-    """Inputs (samples, features) or (samples, 1, edge, edge); targets int64 (samples,) or float (samples, outputs)."""
+    """Inputs (samples, features) or (samples, 1, edge, edge).
+
+    Targets int64 (samples,) or float (samples, outputs).
+    """
     task = Task(parameters.task)
     generator = torch.Generator().manual_seed(parameters.seed)
     total = parameters.samples + parameters.held_out_samples
@@ -94,8 +97,8 @@ def _spoil(features: Tensor, parameters: SyntheticParameters, request: DataReque
     steps = math.ceil(parameters.samples / request.samples_per_step)
     if max(parameters.non_finite_steps) > steps:
         raise DataError(
-            f"dataset 'synthetic': non_finite_steps names step {max(parameters.non_finite_steps)}, but an epoch has "
-            f"{steps} steps",
+            f"dataset 'synthetic': non_finite_steps names step {max(parameters.non_finite_steps)}, but an "
+            f"epoch has {steps} steps",
             detail={"pointer": "/dataset/params/non_finite_steps"},
         )
     positions = torch.tensor([(step - 1) * request.samples_per_step for step in parameters.non_finite_steps])

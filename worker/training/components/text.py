@@ -1,6 +1,7 @@
 """The dataset `text`: the bytes of files under an allowed directory, for models of byte sequences.
 
-By default the Python standard library's own sources, which every worker has. Other datasets have their own files.
+By default the Python standard library's own sources, which every worker has. Other datasets have their own
+files.
 """
 
 import os
@@ -31,7 +32,7 @@ class TextParameters(Parameters):
 
     root: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = Field(
         default=None,
-        description="A directory that the worker's operator allows, or one below it; null: the Python standard library.",
+        description="A directory that the operator allows, or one below; null: the Python standard library.",
     )
     pattern: Annotated[str, StringConstraints(pattern=r"^[^/\\]+$", max_length=200)] = Field(
         default="*.py", description="File names to read, as a shell pattern."
@@ -61,9 +62,9 @@ def build_text(parameters: TextParameters, request: DataRequest) -> Dataset:
     training_bytes = len(stream) - parameters.held_out_bytes
     if training_bytes <= length or parameters.held_out_bytes <= length:
         raise DataError(
-            f"dataset 'text' has {len(stream)} bytes, of which held_out_bytes takes {parameters.held_out_bytes}, but "
-            f"both parts need more than the model's context of {length}: allow more text, or change held_out_bytes "
-            "or the context"
+            f"dataset 'text' has {len(stream)} bytes, of which held_out_bytes takes "
+            f"{parameters.held_out_bytes}, but both parts need more than the model's context of {length}: "
+            "allow more text, or change held_out_bytes or the context"
         )
     return Dataset(
         train=TokenSplit(stream[:training_bytes], length),
@@ -79,8 +80,8 @@ def _allowed(name: str, request: DataRequest, standard_library: Path) -> Path:
     if not any(path.is_relative_to(root) for root in (*roots, standard_library)):
         shown = ", ".join(map(str, roots)) or "none besides the Python standard library"
         raise DataError(
-            f"dataset 'text' may not read {name}; allowed on this worker: {shown}. Put the files under an allowed "
-            "directory, or ask the operator to add this one to HALFSTEP_TEXT_ROOTS",
+            f"dataset 'text' may not read {name}; allowed on this worker: {shown}. Put the files under an "
+            "allowed directory, or ask the operator to add this one to HALFSTEP_TEXT_ROOTS",
             detail={"pointer": "/dataset/params/root"},
         )
     if not path.is_dir():
@@ -99,15 +100,16 @@ def _read(root: Path, pattern: str, most: int) -> Tensor:
             content += path.read_bytes()[: most - len(content)]
         except OSError as error:
             raise DataError(
-                f"dataset 'text' cannot read {path}: {error.strerror}; correct its permissions or leave it out by pattern"
+                f"dataset 'text' cannot read {path}: {error.strerror}; correct its permissions or leave it "
+                "out by pattern"
             ) from error
         files += 1
         if len(content) >= most:
             break
     if not content:
         raise DataError(
-            f"dataset 'text' found {files} files named '{pattern}' under {root} and no bytes in them; correct root or "
-            "pattern"
+            f"dataset 'text' found {files} files named '{pattern}' under {root} and no bytes in them; "
+            "correct root or pattern"
         )
     return torch.frombuffer(content, dtype=torch.uint8)
 
