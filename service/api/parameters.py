@@ -10,10 +10,7 @@ from service.api.pointers import suggestion
 
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]
-JobPath = Annotated[
-    str,
-    Path(alias="job_id", description="The job's id.", json_schema_extra={"format": "uuid"}, max_length=200),
-]
+JobPath = Annotated[str, Path(description="The job's id.", json_schema_extra={"format": "uuid"})]
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 _ETAG = re.compile(r'(?:W/)?("[^"]*")')

@@ -1,0 +1,154 @@
+"""A server over a migrated database of each kind, on loopback, with a small published catalogue."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from service import queue
+from service.api import create_app
+from service.contract.metrics import LiveStats, StepMetrics
+from service.settings import Settings
+from service.store import components, jobs, metrics, workers
+from service.store.database import Database
+from tests.databases import _migrated_file, _migrated_postgres, database, database_url
+
+from .catalogue import INFOS
+
+__all__ = ["_migrated_file", "_migrated_postgres", "database", "database_url"]
+
+CPU = workers.Capability(
+    "cpu", bf16=True, fp16=True, memory_bytes=8 * 2**30, device_name="cpu", device_count=1
+)
+SPEC: dict[str, Any] = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return Settings(
+        data_dir=tmp_path,
+        database_url=database_url,
+        broker_url="redis://127.0.0.1:1/0",  # nothing listens there
+    )
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The job ids that the API woke a worker for."""
+    ids: list[str] = []
+
+    def enqueue(_settings: Settings, job_id: str) -> bool:
+        ids.append(job_id)
+        return True
+
+    monkeypatch.setattr(queue, "enqueue", enqueue)
+    return ids
+
+
+@pytest.fixture
+def bare_client(settings: Settings, database: Database, sent: list[str]) -> Iterator[TestClient]:
+    """A client on this machine; no worker has ever started."""
+    app = create_app(settings, database)
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000)) as client:
+        yield client
+
+
+@pytest.fixture
+def client(bare_client: TestClient, database: Database) -> TestClient:
+    """The same with a published catalogue and one live CPU worker."""
+    with database.begin() as session:
+        components.publish(session, INFOS)
+        workers.register(
+            session,
+            worker_id="w1",
+            name="host-1",
+            pid=7,
+            capability=CPU,
+            versions={"torch": "2.13.0"},
+            slots=1,
+        )
+    return bare_client
+
+
+class Trainer:
+    """What a worker would do to a job, straight in the store."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(self, job_id: str) -> int:
+        """Take the job to running; returns its fence."""
+        with self._database.begin() as session:
+            job = jobs.claim(session, worker_id="w1", capability=CPU, lease_seconds=60, hint=job_id)
+            assert job is not None
+            assert job.id == job_id
+            jobs.mark_running(session, job_id, job.fence)
+            return job.fence
+
+    def steps(self, job_id: str, fence: int, first: int, last: int, **changes: Any) -> None:
+        """Append the steps first..last; `changes` replace values of every row."""
+        with self._database.begin() as session:
+            metrics.append(
+                session, job_id, fence, [step_row(step, **changes) for step in range(first, last + 1)], LIVE
+            )
+
+    def end(
+        self, job_id: str, fence: int, state: jobs.JobState = jobs.JobState.SUCCEEDED, **reason: str
+    ) -> None:
+        """Finish the job."""
+        with self._database.begin() as session:
+            jobs.finish(session, job_id, fence, state, reason or None)
+
+
+LIVE = LiveStats(
+    current_scale=2.0,
+    memory_peak_bytes=300,
+    steps_per_second=10.0,
+    samples_per_second=320.0,
+    step_time_ms_p50=1.0,
+    step_time_ms_p95=2.0,
+    step_time_ms_max=3.0,
+    host_syncs_per_step=0.0,
+)
+
+
+def step_row(step: int, **changes: Any) -> StepMetrics:
+    row = StepMetrics(
+        step=step,
+        epoch=1,
+        loss=1.0 / step,
+        scale=4.0,
+        overflow=False,
+        nan=False,
+        underflow=False,
+        skipped=False,
+        has_inf=False,
+        has_nan=False,
+        underflow_estimate=0.0,
+        grad_norm=0.5,
+        learning_rate=0.001,
+        memory_usage=0.1,
+        memory_allocated_bytes=100,
+        memory_reserved_bytes=200,
+        step_time_ms=1.5,
+        compute_dtype="float16",
+    )
+    return row._replace(**changes)
+
+
+@pytest.fixture
+def trainer(database: Database) -> Trainer:
+    return Trainer(database)
+
+
+@pytest.fixture
+def submit(client: TestClient) -> Callable[..., str]:
+    def call(**changes: Any) -> str:
+        answer = client.post("/jobs", json={**SPEC, **changes})
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    return call
