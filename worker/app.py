@@ -8,10 +8,12 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import structlog
 from celery import signals
+from celery.exceptions import SecurityWarning
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
@@ -102,6 +104,10 @@ class _Registration:
                 log.warning("worker heartbeat failed", error=str(error))
 
 
+def _leave_logging_alone(**_: object) -> None:
+    """Connected to Celery's signal, it means that logging is set up already."""
+
+
 def serve(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT; returns when every process of its own is gone."""
     database = Database(settings.sql_url)
@@ -114,6 +120,9 @@ def serve(settings: Settings) -> None:
     )
     for slot in slots:
         slot.warm_up()
+    # Celery would set the root logger's level to its own, and warn root of pickles, which we do not accept.
+    signals.setup_logging.connect(_leave_logging_alone, weak=False)
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     celery = make_celery(settings.celery_broker_url)
     register(celery, runner)
     registration.start(runner)

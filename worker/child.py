@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from service.contract.spec import JobSpec
 from service.contract.states import ReasonCode
@@ -24,10 +24,12 @@ from service.settings import Settings
 from service.store.database import Database
 from worker.protocol import Done, Message, Progress, Ready, RunOrder, StopOrder, decode, encode
 from worker.reporting import Reporter
-from worker.training import capability, components, warmup
+from worker.training import components
+from worker.training.capability import probe as probe_device
 from worker.training.checkpoint import CheckpointRef
 from worker.training.errors import TrainingFailure
 from worker.training.loop import RunConfig, StopRequest, train
+from worker.training.warmup import take_a_step
 
 PR_SET_PDEATHSIG = 1
 PROGRESS_SECONDS = 0.2
@@ -98,7 +100,7 @@ def _ready(*, probe: bool) -> Ready:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = capability.probe() if probe else None
+    found = probe_device() if probe else None
     catalogue = [component.as_dict() for component in components.catalogue()] if probe else []
     return Ready(capability=found, components=catalogue, versions=versions)
 
@@ -158,13 +160,13 @@ def _train(run: RunConfig, reporter: Reporter, control: _Control) -> Done:
             return Done(outcome="pause", step=outcome.step)
         case StopRequest.DRAIN:
             return Done(outcome="drain", step=outcome.step)
-    reason = {
-        "code": ReasonCode.TIME_LIMIT.value,
-        "message": f"The time limit of {run.spec.training.time_limit_seconds} s was reached "
-        f"at step {outcome.step}; raise training.time_limit_seconds.",
-        "detail": None,
-    }
-    return Done(outcome="failed", step=outcome.step, reason=reason)
+    return Done(outcome="failed", step=outcome.step, reason=_time_limit(run, outcome.step))
+
+
+def _time_limit(run: RunConfig, step: int) -> dict[str, Any]:
+    limit = run.spec.training.time_limit_seconds
+    message = f"The time limit of {limit} s was reached at step {step}; raise training.time_limit_seconds."
+    return {"code": ReasonCode.TIME_LIMIT.value, "message": message, "detail": None}
 
 
 def main() -> None:
@@ -182,7 +184,7 @@ def main() -> None:
     control, reports = _Control(orders), _Reports(arguments.report_fd)
     components.load_entry_points()
     components.load_modules(Settings().component_modules)
-    warmup.take_a_step()
+    take_a_step()
     reports.send(_ready(probe=arguments.probe))
     reports.send(_run(control.wait(), control, reports))
     sys.stdout.flush()

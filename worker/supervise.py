@@ -7,6 +7,7 @@ threads decide at once. Writes nothing to SQL: how it ended is returned.
 import queue
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,8 +59,14 @@ class Ending:
 
 class _Supervision:
     def __init__(
-        self, child: ChildProcess, keeper: LeaseKeeper, graces: Graces, stall_seconds: float
+        self,
+        child: ChildProcess,
+        keeper: LeaseKeeper,
+        graces: Graces,
+        stall_seconds: float,
+        on_first_step: Callable[[], object],
     ) -> None:
+        self._on_first_step = on_first_step
         self._child, self._keeper, self._graces, self._stall_seconds = child, keeper, graces, stall_seconds
         self._asked: Why | None = None
         self._asked_until = float("inf")
@@ -100,6 +107,8 @@ class _Supervision:
     def _on_item(self, item: object) -> None:
         match item:
             case Progress():
+                if self._step == 0 and item.step > 0:
+                    self._on_first_step()
                 self._progressed, self._step, self._step_seconds = (
                     time.monotonic(),
                     item.step,
@@ -149,7 +158,14 @@ class _Supervision:
         self._kill_at = time.monotonic() + KILL_AFTER_TERM_SECONDS
 
 
-def supervise(child: ChildProcess, keeper: LeaseKeeper, *, graces: Graces, stall_seconds: float) -> Ending:
+def supervise(
+    child: ChildProcess,
+    keeper: LeaseKeeper,
+    *,
+    graces: Graces,
+    stall_seconds: float,
+    on_first_step: Callable[[], object],
+) -> Ending:
     """Watch one job's process until it is gone.
 
     Args:
@@ -157,5 +173,6 @@ def supervise(child: ChildProcess, keeper: LeaseKeeper, *, graces: Graces, stall
         keeper: Its deadline is the deadman's.
         graces: Time to stop by itself after each kind of request.
         stall_seconds: Without progress for this long, or for 20 of its steps, it is stalled.
+        on_first_step: Called once, when the first finished step is reported.
     """
-    return _Supervision(child, keeper, graces, stall_seconds).run()
+    return _Supervision(child, keeper, graces, stall_seconds, on_first_step).run()

@@ -142,7 +142,13 @@ class Runner:
                 child.inbox.put(StopRequested("drain"))
             child.order(self._order(slot, job))
             graces = Graces(drain=self._settings.drain_seconds)
-            ending = supervise(child, keeper, graces=graces, stall_seconds=self._settings.stall_seconds)
+            ending = supervise(
+                child,
+                keeper,
+                graces=graces,
+                stall_seconds=self._settings.stall_seconds,
+                on_first_step=slot.warm_up,  # the next job's process gets ready while this one trains
+            )
             self._conclude(job, ending, host_memory_killed=_oom_kills() > oom_kills)
         finally:
             keeper.release()

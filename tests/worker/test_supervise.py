@@ -22,6 +22,7 @@ class Child:
         self.orders: list[object] = []
         self.signals: list[signal.Signals] = []
         self.mortal_to = {signal.SIGTERM, signal.SIGKILL} if mortal_to is None else mortal_to
+        self.first_steps: list[bool] = []
         self.last_words = "Segmentation fault"
 
     def order(self, message: object) -> bool:
@@ -45,7 +46,13 @@ def run(
     box: list[Ending] = []
     thread = threading.Thread(
         target=lambda: box.append(
-            supervise(child, keeper or Keeper(), graces=graces or Graces(), stall_seconds=stall)  # type: ignore[arg-type]
+            supervise(
+                child,  # type: ignore[arg-type]
+                keeper or Keeper(),  # type: ignore[arg-type]
+                graces=graces or Graces(),
+                stall_seconds=stall,
+                on_first_step=lambda: child.first_steps.append(True),
+            )
         ),
         daemon=True,
     )
@@ -58,9 +65,10 @@ def run(
 def test_a_job_that_says_how_it_ended_is_believed() -> None:
     child = Child()
     done = Done(outcome="finished", step=9)
-    for item in (Progress(step=9, step_seconds=0.01), done, Exited(0)):
+    for item in (*(Progress(step=n, step_seconds=0.01) for n in (0, 3, 9)), done, Exited(0)):
         child.inbox.put(item)
     ending = run(child)
+    assert child.first_steps == [True]
     assert ending.done == done
     assert (ending.killed_for, ending.last_step, child.signals) == (None, 9, [])
 
