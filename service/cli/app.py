@@ -22,6 +22,7 @@ OWNERS = {
     "service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "openapi"),
     "service.cli.jobs": ("submit", "jobs", "stats", "watch", "cancel"),
     "service.cli.keys": ("keys",),
+    "service.cli.health": ("health",),
 }
 
 

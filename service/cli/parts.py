@@ -29,9 +29,11 @@ from service.store.database import Database
 from service.store.keys import SCOPES, import_secret
 from service.store.schema import migrate as migrate_database
 
-# The worker has HALFSTEP_DRAIN_SECONDS and one more; with the default, all of it is gone within 30 s.
-API_STOP_SECONDS = 2.0
-OTHER_STOP_SECONDS = 1.0
+# The worker has HALFSTEP_DRAIN_SECONDS and a little more, the others what is left of the whole: with the
+# default everything is gone within 30 s.
+WORKER_EXTRA_SECONDS = 1.5
+WHOLE_EXTRA_SECONDS = 4.5
+STOP_SECONDS = 5.0
 DataDir = Annotated[
     Path | None,
     typer.Option(help="Database, broker socket, checkpoints. [env: HALFSTEP_DATA_DIR]", show_default=False),
@@ -131,13 +133,13 @@ def _parts(settings: Settings) -> list[Part]:
         return (sys.executable, "-m", name)
 
     parts = [
-        Part(name="api", command=module("service.api"), stop_seconds=API_STOP_SECONDS),
-        Part(name="dispatch", command=module("service.dispatch"), stop_seconds=OTHER_STOP_SECONDS),
+        Part(name="api", command=module("service.api"), stop_seconds=STOP_SECONDS),
+        Part(name="dispatch", command=module("service.dispatch"), stop_seconds=STOP_SECONDS),
         # Left alone, a worker drains by itself: its jobs get their last checkpoint.
         Part(
             name="worker",
             command=module("worker.app"),
-            stop_seconds=settings.drain_seconds + 1,
+            stop_seconds=settings.drain_seconds + WORKER_EXTRA_SECONDS,
             orphan_signal=signal.SIGTERM,
         ),
     ]
@@ -146,7 +148,7 @@ def _parts(settings: Settings) -> list[Part]:
         embedded = Part(
             name="broker",
             command=broker.command(path),
-            stop_seconds=OTHER_STOP_SECONDS,
+            stop_seconds=STOP_SECONDS,
             muted=broker.MUTED,
             ready=partial(broker.answers, path),
         )
@@ -183,7 +185,9 @@ def _free_port(settings: Settings) -> int:
 
 async def _supervise(settings: Settings, parts: list[Part], environment: dict[str, str], port: int) -> None:
     log = MergedLog(as_json=settings.log_format == "json")
-    supervisor = Supervisor(parts, environment=environment, log=log)
+    supervisor = Supervisor(
+        parts, environment=environment, log=log, stop_seconds=settings.drain_seconds + WHOLE_EXTRA_SECONDS
+    )
     log.on_broken = supervisor.stop  # nobody reads any more: as when a terminal is closed
     log.say(f"data in {settings.data_dir}")
     began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -89,6 +90,10 @@ def problem(error: ServerRefused) -> RenderableType:
     lines.extend(
         Text.assemble("  ", (each.pointer or "/", "bold"), "  ", each.detail) for each in error.problems
     )
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        lines.append(
+            Text("give a key by HALFSTEP_API_KEY or --key; `halfstep keys create` makes one", style="dim")
+        )
     return Group(*lines)
 
 

@@ -23,6 +23,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 SETTLED_SECONDS = 60.0  # a part that ran this long starts again without delay
 TRIAL_SECONDS = 10.0  # an error exit this soon after the very first start is a failed start
 READY_SECONDS = 10.0
+LEAST_STOP_SECONDS = 0.3
 
 
 class StartFailed(HalfstepError):
@@ -53,12 +54,18 @@ class Part:
 
 
 class Supervisor:
-    """Keeps `parts` running from `run` until `stop` is called or a signal comes."""
+    """Keeps `parts` running from `run` until `stop` is called or a signal comes.
 
-    def __init__(self, parts: Sequence[Part], *, environment: Mapping[str, str], log: MergedLog) -> None:
+    Stopping takes at most `stop_seconds`, give or take the kills; a part has its own limit within that.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], *, environment: Mapping[str, str], log: MergedLog, stop_seconds: float
+    ) -> None:
         self._parts = tuple(parts)
         self._environment = dict(environment)
         self._log = log
+        self._stop_seconds = stop_seconds
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._running: dict[str, asyncio.subprocess.Process] = {}
@@ -91,8 +98,11 @@ class Supervisor:
             self._stopping.set()
             if beside is not None:
                 beside.cancel()
+            deadline = time.monotonic() + self._stop_seconds
             for part in reversed(self._parts):
-                await self._end(part)
+                await self._end(
+                    part, min(part.stop_seconds, max(deadline - time.monotonic(), LEAST_STOP_SECONDS))
+                )
             await asyncio.gather(*keepers)
             for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.remove_signal_handler(each)
@@ -168,7 +178,7 @@ class Supervisor:
                 self._stopping.set()
             await _either(self._stopping, 0.02)
 
-    async def _end(self, part: Part) -> None:
+    async def _end(self, part: Part, seconds: float) -> None:
         process = self._running.get(part.name)
         if process is None or process.returncode is not None:
             return
@@ -177,11 +187,11 @@ class Supervisor:
             _signal(process, signal.SIGTERM)
             ended = asyncio.create_task(process.wait())
             hurry = asyncio.create_task(self._hurry.wait())
-            await asyncio.wait({ended, hurry}, timeout=part.stop_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, hurry}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             hurry.cancel()
             if ended.done():
                 return
-            self._log.say(f"{part.name} did not stop within {part.stop_seconds:g} s; killing it")
+            self._log.say(f"{part.name} did not stop within {seconds:.1f} s; killing it")
         # The whole group: what the part has started in its own session goes with it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
