@@ -21,8 +21,16 @@ _STATS_FIELDS = tuple(field.name for field in fields(Stats) if field.name != "ve
 
 
 def job_view(session: Session, job: Job) -> dict[str, Any]:
-    """The Job, with its transitions and its summary read in the same transaction."""
+    """The Job, with its transitions and its summary."""
     return job_document(job, jobs.transitions(session, job.id), metrics.summarise(session, job.id))
+
+
+def job_views(session: Session, found: Sequence[Job]) -> list[dict[str, Any]]:
+    """The same for many, in as many statements as for one. Leaves out what was deleted meanwhile."""
+    ids = [job.id for job in found]
+    transitions = jobs.transitions_of(session, ids)
+    stats = metrics.summaries(session, ids)
+    return [job_document(job, transitions.get(job.id, []), stats[job.id]) for job in found if job.id in stats]
 
 
 def job_document(job: Job, transitions: Sequence[Transition], stats: Stats) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from service.api.parameters import PRINTABLE, JobPath, KnownQuery
 from service.api.schemas import DryRun, Job, JobPage
 from service.api.submission import prepare
 from service.api.validation import read_spec
-from service.api.views import job_view
+from service.api.views import job_view, job_views
 from service.api.wire import json_answer, json_bytes
 from service.contract.states import JobState
 from service.settings import Settings
@@ -162,7 +162,7 @@ def list_jobs(
         found = store.list_jobs(
             session, tenant=caller.tenant, states=state, name=name, tags=tags, limit=limit + 1, before=before
         )
-        items = [job_view(session, job) for job in found[:limit]]
+        items = job_views(session, found[:limit])
     more = len(found) > limit
     return json_answer({"items": items, "next_cursor": _cursor(found[limit - 1]) if more else None})
 

@@ -15,7 +15,7 @@ from service.api.parameters import JobPath, KnownQuery, matches
 from service.api.schemas import Stats
 from service.api.views import stats_view
 from service.api.wire import json_bytes
-from service.store import jobs, metrics
+from service.store import metrics
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 
@@ -70,8 +70,7 @@ async def get_stats(
 
 def _summary(context: Context, caller: Caller, job_id: str) -> tuple[int, bool, bytes]:
     with context.database.read() as session:
-        job = jobs.get(session, job_id, tenant=caller.tenant)
-        summary = metrics.summarise(session, job.id)
+        summary = metrics.summarise(session, job_id, tenant=caller.tenant)
     return summary.version, summary.state.is_terminal, json_bytes(stats_view(summary))
 
 

@@ -1,0 +1,183 @@
+"""wait_seconds: one poller, every waiter woken, none lost, none left behind."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.api.context import Context
+from service.api.problems import ProblemError
+from service.api.watch import StatsWatcher
+from service.errors import StoreUnavailable
+
+from .conftest import Trainer
+
+
+class Versions:
+    """A stand-in for the database that counts how often it is asked."""
+
+    def __init__(self, **versions: int) -> None:
+        self.now = dict(versions)
+        self.asked: list[list[str]] = []
+        self.fails = 0
+
+    def __call__(self, job_ids: Sequence[str]) -> Mapping[str, int]:
+        self.asked.append(list(job_ids))
+        if self.fails:
+            self.fails -= 1
+            raise StoreUnavailable("away")
+        return {job_id: self.now[job_id] for job_id in job_ids if job_id in self.now}
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+def run(scenario: Callable[[], Any]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_one_round_serves_all_waiters() -> None:
+    versions = Versions(a=1, b=1)
+    watcher = StatsWatcher(versions, poll_seconds=0.01)
+
+    async def scenario() -> None:
+        gone = asyncio.ensure_future(never())
+        waits = [
+            asyncio.ensure_future(watcher.wait(job_id, 1, seconds=15, gone=gone))
+            for job_id in "ab"
+            for _ in range(300)
+        ]
+        while len(versions.asked) < 3:
+            await asyncio.sleep(0.005)
+        assert watcher.waiting == 600
+        assert all(asked == ["a", "b"] for asked in versions.asked)
+        versions.now["a"] = 2
+        await asyncio.wait(waits[:300])
+        assert watcher.waiting == 300
+        assert not any(wait.done() for wait in waits[300:])
+        del versions.now["b"]  # deleted: its waiters learn of it too
+        await asyncio.wait(waits)
+        assert watcher.waiting == 0
+        rounds = len(versions.asked)
+        await asyncio.sleep(0.1)
+        assert len(versions.asked) <= rounds + 1, "with nobody waiting nothing is polled"
+        versions.now["a"] = 3
+        await watcher.wait("a", 2, seconds=15, gone=gone)
+        gone.cancel()
+
+    run(scenario)
+
+
+def test_time_ends_a_wait_and_so_does_a_client_that_left() -> None:
+    watcher = StatsWatcher(Versions(a=1), poll_seconds=0.01)
+
+    async def scenario() -> None:
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        started = time.monotonic()
+        await watcher.wait("a", 1, seconds=0.05, gone=gone)
+        assert 0.04 < time.monotonic() - started < 5
+        waiting = asyncio.ensure_future(watcher.wait("a", 1, seconds=15, gone=gone))
+        await asyncio.sleep(0.03)
+        gone.set_result(None)
+        await waiting
+        assert watcher.waiting == 0
+
+    run(scenario)
+
+
+def test_one_too_many_is_refused() -> None:
+    watcher = StatsWatcher(Versions(a=1), poll_seconds=0.01, most=3)
+
+    async def scenario() -> None:
+        gone = asyncio.ensure_future(never())
+        waits = [asyncio.ensure_future(watcher.wait("a", 1, seconds=15, gone=gone)) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(ProblemError) as caught:
+            await watcher.wait("a", 1, seconds=15, gone=gone)
+        assert caught.value.status == 503
+        assert int(caught.value.headers["retry-after"]) > 0
+        waits[0].cancel()
+        await asyncio.wait(waits[:1])
+        await watcher.wait("a", 1, seconds=0.02, gone=gone)
+        watcher.stop()
+        await asyncio.wait(waits)
+        await watcher.wait("a", 1, seconds=15, gone=gone)
+        gone.cancel()
+
+    run(scenario)
+
+
+def test_a_database_that_is_away_for_a_while_loses_no_waiter() -> None:
+    versions = Versions(a=1)
+    versions.fails = 3
+    watcher = StatsWatcher(versions, poll_seconds=0.01)
+
+    async def scenario() -> None:
+        gone = asyncio.ensure_future(never())
+        waiting = asyncio.ensure_future(watcher.wait("a", 1, seconds=15, gone=gone))
+        while len(versions.asked) < 5:
+            await asyncio.sleep(0.005)
+        assert not waiting.done()
+        versions.now["a"] = 2
+        await waiting
+        gone.cancel()
+
+    run(scenario)
+
+
+def test_a_change_answers_a_waiting_request(
+    client: TestClient, submit: Callable[..., str], trainer: Trainer
+) -> None:
+    job_id = submit()
+    path = f"/jobs/{job_id}/stats?wait_seconds=20"
+    etag = client.get(path).headers["etag"]
+    context: Context = client.app.state.context  # type: ignore[attr-defined]  # TestClient's app is any ASGI callable
+    answers = []
+
+    def ask() -> None:
+        answers.append(client.get(path, headers={"if-none-match": etag}))
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    while context.watcher.waiting < 5:
+        assert time.monotonic() - started < 15
+        time.sleep(0.01)
+    trainer.claim(job_id)
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert all(answer.headers["etag"] != etag for answer in answers)
+    assert time.monotonic() - started < 15
+
+
+def test_nothing_new_is_304_in_time(client: TestClient, submit: Callable[..., str]) -> None:
+    path = f"/jobs/{submit()}/stats"
+    etag = client.get(path).headers["etag"]
+    started = time.monotonic()
+    answer = client.get(f"{path}?wait_seconds=0.3", headers={"if-none-match": etag})
+    assert answer.status_code == 304
+    assert 0.25 < time.monotonic() - started < 10
+    started = time.monotonic()
+    assert client.get(f"{path}?wait_seconds=20").status_code == 200, (
+        "without an etag there is nothing to wait for"
+    )
+    assert time.monotonic() - started < 10
+    for unfit in ("31", "-1", "nan", "inf", "x"):
+        assert client.get(f"{path}?wait_seconds={unfit}").status_code == 422
+
+
+def test_a_terminal_job_is_not_waited_for(client: TestClient, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    client.post(f"/jobs/{job_id}/cancel")
+    etag = client.get(f"/jobs/{job_id}/stats").headers["etag"]
+    started = time.monotonic()
+    answer = client.get(f"/jobs/{job_id}/stats?wait_seconds=20", headers={"if-none-match": etag})
+    assert answer.status_code == 304
+    assert time.monotonic() - started < 10
