@@ -22,6 +22,7 @@ from service.cli.render import duration, number, percent, run_seconds, size, sta
 
 PAUSE_SECONDS = 0.25  # at least this long between two polls
 PLAIN_SECONDS = 5.0  # at most one plain line in this time, state changes aside
+FIRST_RETRY_SECONDS = 0.5
 AWAY_SECONDS = 120.0  # how long a service may be away before watching gives up
 T = TypeVar("T")
 RETRY_STATUSES = frozenset({429, 502, 503, 504})
@@ -67,7 +68,7 @@ def _changed(job: Mapping[str, Any], stats: Mapping[str, Any]) -> bool:
 
 
 def _patiently(request: Callable[[], T], view: View) -> T:
-    pause = 0.5
+    pause = FIRST_RETRY_SECONDS
     patience = time.monotonic() + AWAY_SECONDS
     while True:
         try:
