@@ -83,7 +83,7 @@ def run(
     fence: int = 1,
     **config: Any,
 ) -> tuple[Outcome, Recorder]:
-    """One attempt, resuming from what the recorder knows; `stop_after` so many steps of it, stop by `request`."""
+    """One attempt, resuming from what the recorder knows; it stops by `request` after `stop_after` steps."""
     recorder = recorder if recorder is not None else Recorder()
     boundaries = 0
 

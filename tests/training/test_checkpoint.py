@@ -144,7 +144,7 @@ def test_a_state_of_another_step_behind_a_matching_manifest_is_found(tmp_path: P
 
 
 def test_the_order_of_writing_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is synced before its rename, the directory before the manifest and after it, the parent last."""
+    """Each file is synced before its rename, the directory around the manifest, the parent last."""
     done: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
