@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from starlette.testclient import TestClient
 
 from service import queue
@@ -23,6 +24,13 @@ CPU = workers.Capability(
     "cpu", bf16=True, fp16=True, memory_bytes=8 * 2**30, device_name="cpu", device_count=1
 )
 SPEC: dict[str, Any] = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}}
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[list[Any]]:
+    """What is logged, kept instead of printed."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
 
 
 @pytest.fixture
