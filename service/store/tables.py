@@ -28,7 +28,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from service.contract.states import LEASED, TERMINAL, JobState, RequestedAction
 
@@ -57,11 +57,27 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else json.loads(value)
 
 
+class _AsItIs(Double[float]):
+    """A double that SQLAlchemy hands to the driver unconverted."""
+
+    def bind_processor(self, dialect: Dialect) -> None:  # noqa: ARG002  # the base class's signature
+        """No conversion."""
+        return
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> None:  # noqa: ARG002  # as above
+        """No conversion."""
+        return
+
+
 class ExactDouble(TypeDecorator[float]):
     """A double that keeps NaN. SQLite stores NaN as NULL, so there it is the text 'NaN'."""
 
     impl = Double
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Unconverted on SQLite: the text must reach it as text."""
+        return dialect.type_descriptor(_AsItIs() if dialect.name == "sqlite" else Double())
 
     def process_bind_param(self, value: float | None, dialect: Dialect) -> Any:
         """NaN → 'NaN' on SQLite; everything else as it is."""
