@@ -72,6 +72,8 @@ class Cluster:
             "HALFSTEP_LEASE_SECONDS": "3",
             "HALFSTEP_HEARTBEAT_SECONDS": "0.5",
             "HALFSTEP_DISPATCH_SECONDS": "0.3",
+            # Several jobs share a machine that may be small: threads that spin for each other would starve it.
+            "HALFSTEP_WORKER_THREADS": "1",
             **{f"HALFSTEP_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

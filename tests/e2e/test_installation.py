@@ -71,9 +71,9 @@ def test_twenty_jobs_at_once_on_two_workers(serving: Cluster) -> None:
 
 def test_a_killed_worker_loses_no_job(serving: Cluster) -> None:
     workers = {name: serving.start_worker(name) for name in ("one", "two")}
-    job_id = serving.submit(long_job(4_000, checkpoint_every_steps=200))
+    job_id = serving.submit(long_job(2_000, checkpoint_every_steps=100))
     running = wait_for(
-        "a checkpoint is taken", lambda: (j := serving.job(job_id))["stats"]["current_step"] > 500 and j, 90
+        "a checkpoint is taken", lambda: (j := serving.job(job_id))["stats"]["current_step"] > 300 and j, 90
     )
     victim = running["worker"]
     children = children_of(workers[victim].pid)
@@ -87,20 +87,20 @@ def test_a_killed_worker_loses_no_job(serving: Cluster) -> None:
     states = [t["state"] for t in ended["transitions"]]
     assert states == ["queued", "starting", "running", "queued", "starting", "running", "succeeded"]
     columns = serving.columns(job_id)
-    assert columns["step"] == list(range(1, 4_001))
+    assert columns["step"] == list(range(1, 2_001))
     resumed = [
         e
         for e in serving.get(f"/jobs/{job_id}/events")["items"]
         if e["data"].get("steps_repeated") is not None
     ]
-    assert [e["data"]["step"] % 200 for e in resumed] == [0]
+    assert [e["data"]["step"] % 100 for e in resumed] == [0]
     assert resumed[0]["data"]["step"] > 0
     assert time.monotonic() - killed < 150
 
 
 def test_a_drained_worker_gives_its_job_back_uncharged(serving: Cluster) -> None:
     first = serving.start_worker("first")
-    job_id = serving.submit(long_job(3_000))
+    job_id = serving.submit(long_job(1_500))
     wait_for("it trains", lambda: serving.job(job_id)["stats"]["current_step"] > 200, 90)
     stopped = time.monotonic()
     first.send_signal(signal.SIGTERM)
@@ -112,7 +112,7 @@ def test_a_drained_worker_gives_its_job_back_uncharged(serving: Cluster) -> None
     serving.start_worker("second")
     ended = serving.wait(job_id)
     assert (ended["state"], ended["attempt"], ended["worker"]) == ("succeeded", 1, "second")
-    assert serving.columns(job_id, "step")["step"] == list(range(1, 3_001))
+    assert serving.columns(job_id, "step")["step"] == list(range(1, 1_501))
     resumed = [
         e["data"] for e in serving.get(f"/jobs/{job_id}/events")["items"] if "steps_repeated" in e["data"]
     ]

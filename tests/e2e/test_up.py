@@ -79,7 +79,7 @@ def test_a_job_runs_and_a_stop_leaves_nothing(up: Up, how: signal.Signals) -> No
 
 
 def test_a_killed_supervisor_leaves_no_orphan_and_the_job_goes_on_later(up: Up, tmp_path: Path) -> None:
-    job_id = up.cluster.submit(long_job(3_000, checkpoint_every_steps=100))
+    job_id = up.cluster.submit(long_job(1_500, checkpoint_every_steps=100))
     wait_for("it trains", lambda: up.cluster.job(job_id)["stats"]["current_step"] > 300, 60)
     members = family(up.process.pid)
     up.process.kill()
@@ -89,7 +89,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_the_job_goes_on_later(up: Up, 
     try:
         ended = again.cluster.wait(job_id)
         assert (ended["state"], ended["attempt"]) == ("succeeded", 2)
-        assert again.cluster.columns(job_id, "step")["step"] == list(range(1, 3_001))
+        assert again.cluster.columns(job_id, "step")["step"] == list(range(1, 1_501))
     finally:
         again.close()
 

@@ -6,8 +6,11 @@ Runs on the CPU alone and creates no CUDA context, so that a waiting process hol
 import torch
 from torch import nn
 
-from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
+from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer, PrecisionLevel
 from worker.training.components import load_built_in
+
+_QUIET = MixedPrecisionConfig(precision_level=PrecisionLevel.BF16, loss_scaling=False, gradient_scaling=False)
+"""Nothing in it is worth a warning: what is printed here would look like the next job's."""
 
 
 def take_a_step() -> None:
@@ -15,7 +18,7 @@ def take_a_step() -> None:
     load_built_in()
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        trainer = MixedPrecisionTrainer(MixedPrecisionConfig())
+        trainer = MixedPrecisionTrainer(_QUIET)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         trainer.setup_training(model, optimizer, nn.CrossEntropyLoss(), device="cpu")
         batch = (torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
