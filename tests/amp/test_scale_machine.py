@@ -1,0 +1,206 @@
+"""The scale's rule against a small model of it in plain Python, over random sequences of steps."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.amp import MixedPrecisionConfig
+from worker.amp.scaling import EARLY_GROWTH_ROOM, EARLY_GROWTH_RUN, LossScale
+
+
+@dataclass
+class ModelScale:
+    """Section by section what the rule says, one float or integer each."""
+
+    f: float
+    window: int
+    h: int
+    low: float
+    high: float
+    threshold: float
+    early_growth: bool
+    s: float
+
+    def __post_init__(self) -> None:
+        self.good = 0
+        self.hyst = self.h
+        self.since = math.inf
+        self.refuted = False
+        self.under = 0
+
+    def step(self, kind: str, underflow: bool, norm: float) -> None:
+        grad_bad, loss_bad = kind in {"overflow", "both"}, kind in {"nan", "both"}
+        overflow = grad_bad and not loss_bad and self.s > self.low
+        found = grad_bad or loss_bad
+        underflow = underflow and not found
+        self.hyst -= overflow
+        back = overflow and self.hyst <= 0
+        self.good = 0 if found else self.good + 1
+        self.under = self.under + 1 if underflow else 0
+        wait = max(self.window, math.ceil(self.h / self.threshold)) if self.refuted else self.window
+        early = (
+            self.early_growth
+            and self.under >= EARLY_GROWTH_RUN
+            and not self.refuted
+            and self.s * self.f * norm <= EARLY_GROWTH_ROOM
+        )
+        up = self.good >= wait or early
+        target = self.s / self.f if back else self.s * self.f if up else self.s
+        target = min(max(target, self.low), self.high)
+        grew = up and target > self.s
+        self.since += 1
+        if overflow and self.since <= self.window:
+            self.refuted = True
+        if grew:
+            self.refuted = False
+            self.since = 0
+        if back or grew:
+            self.hyst = self.h
+        if back or up:
+            self.good = 0
+            self.under = 0
+        self.s = target
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["good"] * 12 + ["overflow"] * 2 + ["nan", "both"]),
+        st.booleans(),
+        st.sampled_from([0.0, 1e-3, 1.0]),
+    ),
+    min_size=1,
+    max_size=80,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=STEPS,
+    window=st.integers(1, 12),
+    hysteresis=st.integers(1, 3),
+    factor=st.sampled_from([2.0, 4.0]),
+    threshold=st.sampled_from([0.02, 0.1, 0.5, 0.9]),
+    bounds=st.sampled_from([(1.0, 2.0**24), (2.0**14, 2.0**18), (2.0**-8, 2.0**16)]),
+    early=st.booleans(),
+    always_underflow=st.booleans(),
+)
+def test_the_scale_follows_its_rule(
+    steps: list[tuple[str, bool, float]],
+    window: int,
+    hysteresis: int,
+    factor: float,
+    threshold: float,
+    bounds: tuple[float, float],
+    early: bool,
+    always_underflow: bool,
+) -> None:
+    config = MixedPrecisionConfig(
+        precision_level="fp16",
+        scale_window=window,
+        hysteresis=hysteresis,
+        scale_factor=factor,
+        overflow_threshold=threshold,
+        min_scale=bounds[0],
+        max_scale=bounds[1],
+        underflow_handling=early,
+    )
+    real = LossScale(config, torch.device("cpu"), active=True)
+    model = ModelScale(factor, window, hysteresis, *bounds, threshold, early, 2.0**16)
+    for position, (kind, underflow, norm) in enumerate(steps):
+        advance(real, kind, underflow or always_underflow, norm)
+        model.step(kind, underflow or always_underflow, norm)
+        assert real.scale.item() == model.s, f"step {position} of {steps}"
+        assert real.inverse.item() == 1 / model.s
+
+
+def advance(scale: LossScale, kind: str, underflow: bool = False, norm: float = 1.0) -> bool:
+    grad_bad, loss_bad = torch.tensor(kind in {"overflow", "both"}), torch.tensor(kind in {"nan", "both"})
+    found = grad_bad | loss_bad
+    overflow = scale.overflow(grad_bad, loss_bad)
+    exhausted = scale.update(
+        overflow=overflow,
+        found=found,
+        underflow=torch.tensor(underflow) & ~found,
+        grad_norm=torch.tensor(norm),
+    )
+    return bool(exhausted.item())
+
+
+def make_scale(**fields: Any) -> LossScale:
+    return LossScale(MixedPrecisionConfig(precision_level="fp16", **fields), torch.device("cpu"), active=True)
+
+
+def test_a_static_scale_never_moves() -> None:
+    scale = make_scale(dynamic_loss_scaling=False, scale_window=1)
+    for kind in ("good", "overflow", "good", "nan"):
+        advance(scale, kind)
+        assert scale.scale.item() == 2.0**16
+
+
+def test_a_refuted_growth_waits_for_the_budget() -> None:
+    scale = make_scale(scale_window=4, overflow_threshold=0.1)
+    for _ in range(4):
+        advance(scale, "good")
+    assert scale.scale.item() == 2.0**17
+    advance(scale, "overflow")
+    assert scale.scale.item() == 2.0**16
+    for _ in range(9):
+        advance(scale, "good")
+    assert scale.scale.item() == 2.0**16, "1/overflow_threshold steps have not passed"
+    advance(scale, "good")
+    assert scale.scale.item() == 2.0**17
+
+
+def test_underflow_at_max_scale_is_reported_once_per_run_of_underflows() -> None:
+    scale = make_scale(max_scale=2.0**16, scale_window=10**6)
+    reports = [advance(scale, "good", underflow=True, norm=1e-3) for _ in range(3 * EARLY_GROWTH_RUN)]
+    assert [step for step, told in enumerate(reports, start=1) if told] == [32, 64, 96]
+    assert scale.scale.item() == 2.0**16
+
+
+def test_underflow_grows_early_only_where_there_is_room() -> None:
+    roomy, tight = make_scale(scale_window=10**6), make_scale(scale_window=10**6)
+    for _ in range(EARLY_GROWTH_RUN):
+        advance(roomy, "good", underflow=True, norm=2.0**-3)
+        advance(tight, "good", underflow=True, norm=2.0**-2)
+    assert roomy.scale.item() == 2.0**17
+    assert tight.scale.item() == 2.0**16
+
+
+def test_a_saved_scale_goes_on_alike() -> None:
+    config = MixedPrecisionConfig(
+        precision_level="fp16", scale_window=3, hysteresis=2, overflow_threshold=0.1
+    )
+    kinds = ["good"] * 3 + ["overflow", "good", "overflow", "good"] + ["good"] * 20
+    straight = LossScale(config, torch.device("cpu"), active=True)
+    expected = []
+    for kind in kinds:
+        advance(straight, kind)
+        expected.append(straight.scale.item())
+    for stop in range(len(kinds)):
+        first = LossScale(config, torch.device("cpu"), active=True)
+        for kind in kinds[:stop]:
+            advance(first, kind)
+        second = LossScale(config, torch.device("cpu"), active=False)
+        second.load_state_dict(first.state_dict())
+        for position in range(stop, len(kinds)):
+            advance(second, kinds[position])
+            assert second.scale.item() == expected[position]
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(steps=st.lists(st.sampled_from(["good", "overflow", "nan"]), min_size=1, max_size=12))
+def test_ten_thousand_short_sequences(steps: list[str]) -> None:
+    fields: dict[str, Any] = {"scale_window": 2, "overflow_threshold": 0.25, "hysteresis": 2}
+    real = make_scale(**fields, underflow_handling=False)
+    model = ModelScale(2.0, 2, 2, 1.0, 2.0**24, 0.25, early_growth=False, s=2.0**16)
+    for kind in steps:
+        advance(real, kind)
+        model.step(kind, underflow=False, norm=1.0)
+        assert real.scale.item() == model.s
