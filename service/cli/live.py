@@ -136,8 +136,8 @@ class PlainLines:
             f"{self._state} step {steps(stats)} loss {number(stats.get('loss'))} "
             f"scale {number(stats.get('current_scale'))} "
             f"overflows {number(stats.get('overflow_count'))} skipped {number(stats.get('skipped_steps'))} "
-            f"memory {size(stats.get('memory_allocated_bytes'))} {number(speed, 3)} steps/s "
-            f"eta {duration(stats.get('eta_seconds'))}"
+            f"memory {size(stats.get('memory_allocated_bytes'))} {number(speed, 3)} steps/s"
+            + ("" if stats.get("is_terminal") else f" eta {duration(stats.get('eta_seconds'))}")
         )
 
     def away(self, why: str) -> None:
