@@ -16,7 +16,7 @@ from service.contract.metrics import LiveStats, StepMetrics
 from service.contract.spec import JobSpec
 from worker.amp import MixedPrecisionTrainer
 from worker.amp.telemetry import EngineEvent, StepRow
-from worker.training import checkpoint, environment, randomness
+from worker.training import capability, checkpoint, environment, randomness
 from worker.training.assembly import Assembly, assemble
 from worker.training.batches import Batches, Plan, Position, excluded_from
 from worker.training.checkpoint import CheckpointRef, Payload
@@ -211,7 +211,9 @@ class Run:
             )
         if damaged_refs:
             self._observer.superseded(damaged_refs)
-        if state:
+        if not state:
+            self._warn_of_slow_precision()
+        else:
             self._events.clear()  # told when the job began
             changed = environment.differences(state["environment"], self._environment())
             if changed:
@@ -222,6 +224,20 @@ class Run:
                     f"the resumed run may differ in its last bits from an uninterrupted one: {listed}",
                     {"code": "resume_not_exact", "differences": changed, "step": self.step},
                 )
+
+    def _warn_of_slow_precision(self) -> None:
+        low = self._trainer.mixed_precision_manager.resolved.low_dtype
+        if self._device.type != "cpu" or low == "float32":
+            return
+        speed = capability.relative_speed("cpu")[low]
+        if speed < 1:
+            self._observer.event(
+                "precision",
+                "warning",
+                f"on this worker's CPU matrix products in {low} run at {speed:.2g} times float32's speed: "
+                "precision_level 'fp32' trains faster here, and a GPU is where the low precision pays",
+                {"code": "slow_precision", "compute_dtype": low, "relative_speed": speed},
+            )
 
     def _take_rows(self, rows: Sequence[StepRow]) -> None:
         for row in rows:
