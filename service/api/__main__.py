@@ -4,6 +4,8 @@ import signal
 import socket
 import sys
 import time
+from types import FrameType
+from typing import Never
 
 import structlog
 import uvicorn
@@ -38,9 +40,10 @@ class _Server(uvicorn.Server):
 
 def main() -> int:
     """Run the server; 0 after a clean stop, 2 where the configuration forbids to start."""
-    # Ending by a signal is the normal end. uvicorn raises the signal again once it has stopped.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # Ending by a signal is the normal end, before serving too. While uvicorn serves it has handlers of its own;
+    # it raises the signal again once it has stopped.
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     try:
         settings = Settings()
     except ValueError as error:
@@ -86,6 +89,10 @@ def refuse_open_door(settings: Settings, database: Database) -> None:
         f"HALFSTEP_HOST={settings.host} is reachable from other machines and no API key is active: make one "
         "with `halfstep keys create`, or set HALFSTEP_HOST=127.0.0.1"
     )
+
+
+def _end(_signal: int, _frame: FrameType | None) -> Never:
+    raise SystemExit(0)
 
 
 def _when_reachable(database: Database) -> None:
