@@ -30,7 +30,9 @@ lint: $(STAMP) ## Formatting, lint, strict types, import contracts
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## Run the benchmarks
-	$(BIN)/python -m pytest benchmarks -p no:cacheprovider $(PYTEST_ARGS)
+	@for each in benchmarks/[a-z]*.py; do \
+	    echo "$$each"; $(BIN)/python -m benchmarks.$$(basename "$$each" .py) $(BENCH_ARGS) || exit 1; \
+	done
 
 gpu: ## The tests that need a CUDA device; GPU_PYTHON=… uses another environment than .venv
 	@test -x "$$(command -v $(GPU_PYTHON))" || $(MAKE) install
