@@ -40,8 +40,8 @@ class _Server(uvicorn.Server):
 
 def main() -> int:
     """Run the server; 0 after a clean stop, 2 where the configuration forbids to start."""
-    # Ending by a signal is the normal end, before serving too. While uvicorn serves it has handlers of its own;
-    # it raises the signal again once it has stopped.
+    # Ending by a signal is the normal end, before serving too. While uvicorn serves it has handlers of its
+    # own; it raises the signal again once it has stopped.
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     try:

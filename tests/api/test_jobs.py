@@ -296,7 +296,7 @@ def test_only_a_terminal_job_is_deleted(
     trainer.end(job_id, fence)
     answer = client.delete(f"/jobs/{job_id}")
     assert (answer.status_code, answer.content) == (204, b"")
-    assert not inside.exists()
+    assert not inside.parent.exists()
     assert outside.exists(), "nothing beyond the data directory is removed, whatever a record says"
     for path in ("", "/stats", "/metrics", "/events"):
         assert client.get(f"/jobs/{job_id}{path}").status_code == 404

@@ -205,24 +205,28 @@ def delete_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
     def delete(session: Session) -> list[str]:
         return store.delete(session, job_id, tenant=caller.tenant)
 
-    directories = context.database.retry(delete)
-    for directory in directories:
-        _remove(context.settings.data_dir, Path(directory))
+    paths = context.database.retry(delete)
+    # Workers that share this disk keep everything of a job in this directory.
+    for left in (*paths, f"jobs/{job_id}"):
+        _remove(context.settings.data_dir, Path(left))
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-def _remove(data_dir: Path, directory: Path) -> None:
+def _remove(data_dir: Path, left: Path) -> None:
     """Remove what a job left on disk. Only below the data directory, whatever a record says."""
-    place = (data_dir / directory).resolve()
+    place = (data_dir / left).resolve()
     if place == data_dir or not place.is_relative_to(data_dir):
-        _log.error("checkpoint_outside_data_dir", directory=str(directory))
+        _log.error("path_outside_data_dir", path=str(left))
         return
     try:
-        shutil.rmtree(place)
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
     except FileNotFoundError:
         pass  # workers on other hosts keep theirs
     except OSError as error:
-        _log.error("checkpoint_not_removed", directory=str(place), error=str(error))
+        _log.error("path_not_removed", path=str(place), error=str(error))
 
 
 def _cursor(job: store.Job) -> str:
