@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from service.cli.merged_log import LineReader, MergedLog
 from service.errors import HalfstepError
@@ -24,6 +25,9 @@ SETTLED_SECONDS = 60.0  # a part that ran this long starts again without delay
 TRIAL_SECONDS = 10.0  # an error exit this soon after the very first start is a failed start
 READY_SECONDS = 10.0
 LEAST_STOP_SECONDS = 0.3
+# A closing terminal and its shell both send SIGHUP: the same request within this time is not a second one.
+REPEAT_SECONDS = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StartFailed(HalfstepError):
@@ -69,9 +73,10 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._asked_at = 0.0
         self._failure: StartFailed | None = None
 
-    async def run(self, *, started: Callable[[], Awaitable[None]] | None = None) -> None:
+    async def run(self, *, started: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Start the parts in order, keep them, and stop them in reverse order.
 
         Args:
@@ -81,7 +86,9 @@ class Supervisor:
             StartFailed: A part ended with an error right after its first start; all are stopped by then.
         """
         loop = asyncio.get_running_loop()
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # One that is ignored stays so: `nohup halfstep up` outlives its terminal.
+        handled = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        for each in handled:
             loop.add_signal_handler(each, self.stop)
         keepers: list[asyncio.Task[None]] = []
         beside: asyncio.Task[None] | None = None
@@ -92,7 +99,7 @@ class Supervisor:
                 if self._stopping.is_set():
                     break
             if started is not None:
-                beside = asyncio.create_task(_quietly(started()))
+                beside = asyncio.create_task(started())
             await self._stopping.wait()
         finally:
             self._stopping.set()
@@ -104,14 +111,17 @@ class Supervisor:
                     part, min(part.stop_seconds, max(deadline - time.monotonic(), LEAST_STOP_SECONDS))
                 )
             await asyncio.gather(*keepers)
-            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for each in handled:
                 loop.remove_signal_handler(each)
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Begin to stop; called again, kill what is left."""
-        if self._stopping.is_set():
+        """Begin to stop; called again later, kill what is left."""
+        now = time.monotonic()
+        if not self._stopping.is_set():
+            self._asked_at = now
+        elif now - self._asked_at > REPEAT_SECONDS:
             self._hurry.set()
         self._stopping.set()
 
@@ -206,10 +216,6 @@ def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None
 async def _either(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(event.wait(), seconds)
-
-
-async def _quietly(work: Awaitable[None]) -> None:
-    await work
 
 
 def _ending(code: int) -> str:

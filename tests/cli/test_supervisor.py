@@ -166,17 +166,22 @@ def test_a_part_that_ignores_the_request_is_killed_in_time() -> None:
     assert not any(alive(pid) for name in ("api", "worker") for pid in run.pids(name))
 
 
-def test_a_second_request_kills_what_is_left() -> None:
+def test_a_second_request_kills_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "REPEAT_SECONDS", 0.5)
     run = Run(part("worker", "deaf", stop_seconds=60), stop_seconds=60)
+    survived: list[bool] = []
 
     async def then() -> None:
         await run.until(lambda: run.pids("worker"))
         loop = asyncio.get_running_loop()
-        loop.call_later(0.2, run.supervisor.stop)
+        loop.call_later(0.1, run.supervisor.stop)  # the same request, told twice
+        loop.call_later(0.4, lambda: survived.append(alive(run.pids("worker")[0])))
+        loop.call_later(0.8, run.supervisor.stop)
 
     began = time.monotonic()
     run.go(then)
     assert time.monotonic() - began < 10
+    assert survived == [True]
     assert not alive(run.pids("worker")[0])
 
 
@@ -198,11 +203,11 @@ DRIVER = textwrap.dedent(
 class Driven:
     """A supervisor in a process of its own, to send signals to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *before: str) -> None:
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, CHILD], stdout=log, stderr=log, start_new_session=True
+                [*before, sys.executable, "-c", DRIVER, CHILD], stdout=log, stderr=log, start_new_session=True
             )
         wait_for("both parts run", lambda: len(self.pids()) == 2, 20)
 
@@ -231,6 +236,16 @@ def test_signals_stop_it_cleanly_and_reach_no_part(tmp_path: Path, number: signa
         "up       stopping api",
         "up       api did not stop within 1.0 s; killing it",
     ]
+
+
+def test_it_outlives_its_terminal_under_nohup(tmp_path: Path) -> None:
+    driven = Driven(tmp_path, "nohup")
+    driven.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert driven.process.poll() is None
+    assert "stopping" not in driven.log.read_text()
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.process.wait(timeout=20) == 0
 
 
 def test_the_leash_refuses_to_start_what_has_no_parent_any_more() -> None:
