@@ -18,7 +18,8 @@ PARENT = """
 import time
 from worker.process import Spawner
 child = Spawner().spawn({})
-child.ready.result(120)
+if %(ready)s:
+    child.ready.result(120)
 print(child.pid, flush=True)
 time.sleep(600)
 """
@@ -98,12 +99,13 @@ def test_a_process_that_cannot_start_says_why() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_a_waiting_process_dies_with_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ready", [False, True], ids=["while torch is imported", "ready"])
+def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool) -> None:
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            PARENT,
+            PARENT % {"ready": ready},
         ],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -1,0 +1,127 @@
+"""What a job's process does: warm up, then train as one order says and tell how it ended.
+
+The composition root on torch's side. Pipes and signals are `child`'s.
+"""
+
+import importlib.metadata
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from service.contract.spec import JobSpec
+from service.contract.states import ReasonCode
+from service.errors import StaleFence
+from service.settings import Settings
+from service.store.database import Database
+from worker.protocol import Done, Ready, RunOrder
+from worker.reporting import Reporter
+from worker.training import components
+from worker.training.capability import probe as probe_device
+from worker.training.checkpoint import CheckpointRef
+from worker.training.errors import TrainingFailure
+from worker.training.loop import RunConfig, StopRequest, train
+from worker.training.warmup import take_a_step
+
+Asked = Callable[[], Literal["cancel", "pause", "drain"] | None]
+
+
+def prepare(*, probe: bool) -> Ready:
+    """Load the components and take a first step, so that an order is obeyed at once.
+
+    Args:
+        probe: Also tell what components there are and what the device can do.
+    """
+    components.load_entry_points()
+    components.load_modules(Settings().component_modules)
+    take_a_step()
+    return _ready(probe=probe)
+
+
+def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]) -> Done:
+    """Train until the job is done, asked to stop, or cannot go on; the record is stored when this returns.
+
+    Args:
+        order: The job.
+        asked: What the job was asked to do, looked at between steps.
+        on_progress: Called with the newest step and a step's usual seconds.
+    """
+    settings = Settings.model_validate(order.settings)
+    spec = JobSpec.model_validate(order.spec)
+    database = Database(settings.sql_url)
+    reporter = Reporter(database, order.job_id, order.fence, on_progress=on_progress)
+    config = RunConfig(
+        spec=spec,
+        device=order.device,
+        directory=settings.data_dir / "jobs" / order.job_id,
+        fence=order.fence,
+        text_roots=settings.text_roots,
+        resume=[
+            CheckpointRef(step=c["step"], path=Path(c["path"]), sha256=c["sha256"]) for c in order.checkpoints
+        ],
+        elapsed_seconds=order.elapsed_seconds,
+    )
+    try:
+        return _train(config, reporter, asked)
+    except StaleFence as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return Done(outcome="stale", step=0)
+    finally:
+        database.dispose()
+
+
+def _train(config: RunConfig, reporter: Reporter, asked: Asked) -> Done:
+    def should_stop() -> StopRequest | None:
+        request = asked()
+        return None if request is None else StopRequest(request)
+
+    try:
+        outcome = train(config, reporter, should_stop)
+    except StaleFence:
+        raise
+    except TrainingFailure as failure:
+        traceback.print_exc()
+        reporter.close()
+        reason = {"code": str(failure.code), "message": failure.message, "detail": failure.detail}
+        return Done(outcome="failed", step=0, reason=reason)
+    except Exception as error:  # noqa: BLE001 - told to the client as the job's reason, with the traceback in its log
+        traceback.print_exc()
+        reporter.close()
+        reason = {
+            "code": ReasonCode.COMPONENT_ERROR.value,
+            "message": f"The job's code raised {type(error).__name__}; its traceback is in the detail.",
+            "detail": traceback.format_exc()[-8000:],
+        }
+        return Done(outcome="failed", step=0, reason=reason)
+    # Nothing is terminal before its whole record is stored.
+    reporter.close()
+    if outcome.stopped is None:
+        return Done(outcome="finished", step=outcome.step)
+    match outcome.stopped:
+        case StopRequest.CANCEL:
+            return Done(outcome="cancel", step=outcome.step)
+        case StopRequest.PAUSE:
+            return Done(outcome="pause", step=outcome.step)
+        case StopRequest.DRAIN:
+            return Done(outcome="drain", step=outcome.step)
+    return Done(outcome="failed", step=outcome.step, reason=_time_limit(config, outcome.step))
+
+
+def _time_limit(config: RunConfig, step: int) -> dict[str, Any]:
+    limit = config.spec.training.time_limit_seconds
+    message = f"The time limit of {limit} s was reached at step {step}; raise training.time_limit_seconds."
+    return {"code": ReasonCode.TIME_LIMIT.value, "message": message, "detail": None}
+
+
+def _ready(*, probe: bool) -> Ready:
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "halfstep"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = probe_device() if probe else None
+    catalogue = [component.as_dict() for component in components.catalogue()] if probe else []
+    return Ready(capability=found, components=catalogue, versions=versions)
