@@ -36,7 +36,7 @@ bench: $(STAMP) ## Run the benchmarks
 
 gpu: ## The tests that need a CUDA device; GPU_PYTHON=… uses another environment than .venv
 	@test -x "$$(command -v $(GPU_PYTHON))" || $(MAKE) install
-	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu $(wildcard tests/gpu) tests/amp $(PYTEST_ARGS)
 
 clean: ## Remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
