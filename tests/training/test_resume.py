@@ -19,7 +19,7 @@ EVERYTHING = {
     "scheduler": {"name": "cosine", "params": {}, "interval": "step"},
     "precision": {"precision_level": "fp16", "scale_window": 4, "initial_scale": 2.0**24},
 }
-"""Dropout, BatchNorm, a short last group, a scheduler, a scale that overflows first and grows later: 24 steps."""
+"""Dropout, BatchNorm, a short last group, a scheduler, a scale that overflows and then grows: 24 steps."""
 
 
 def in_pieces(spec: Any, directory: Path, cuts: list[int], request: StopRequest) -> Recorder:

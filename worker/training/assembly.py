@@ -28,6 +28,7 @@ from worker.training.components import (
     find,
 )
 from worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
+from worker.training.failures import ran_out_of_host_memory
 
 Criterion = Callable[[Any, Any], Tensor]
 
@@ -204,8 +205,10 @@ def _built(kind: type[Any], entry: Registered, *arguments: Any) -> Any:
             f"{what} refuses its parameters: {error}; correct them in the specification", detail=pointer
         ) from error
     except Exception as error:
-        if "allocate memory" in str(error):
+        if ran_out_of_host_memory(error):
             raise
+        if isinstance(error, OSError) and component.kind is Kind.DATASET:
+            raise DataError(f"{what} cannot be read: {error}; check its files", detail=pointer) from error
         raise ComponentFailed(
             f"{what} could not be built: {error!r}; this is an error in the component's own code",
             detail=pointer,

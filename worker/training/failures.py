@@ -49,7 +49,7 @@ def translated(spec: JobSpec, doing: str) -> Iterator[None]:
         raise _out_of_memory(spec, doing, ReasonCode.OUT_OF_MEMORY_HOST, "host", str(error)) from error
     except Exception as error:
         text = str(error)
-        if isinstance(error, RuntimeError) and any(mark in text for mark in _HOST_ALLOCATOR):
+        if ran_out_of_host_memory(error):
             raise _out_of_memory(spec, doing, ReasonCode.OUT_OF_MEMORY_HOST, "host", text) from error
         if isinstance(error, RuntimeError) and "deterministic" in text:
             raise ComponentFailed(
@@ -61,6 +61,11 @@ def translated(spec: JobSpec, doing: str) -> Iterator[None]:
             f"{doing} failed in a component's own code: {type(error).__name__}: {_first_line(text)}",
             detail={"exception": type(error).__name__},
         ) from error
+
+
+def ran_out_of_host_memory(error: Exception) -> bool:
+    """True for what torch raises when the host's allocator fails, which is no MemoryError."""
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _HOST_ALLOCATOR)
 
 
 def _out_of_memory(spec: JobSpec, doing: str, code: ReasonCode, where: str, text: str) -> OutOfMemory:

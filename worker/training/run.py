@@ -98,7 +98,7 @@ class Run:
 
     @property
     def skipped(self) -> list[tuple[int, Position]]:
-        """Step and place of each of the skipped steps at the end of what was read."""
+        """Step and place of each step of the latest run of skips, the hopeless one where there was one."""
         return list(self._skipped)
 
     def take_step(self) -> None:
@@ -139,7 +139,6 @@ class Run:
         with translated(self._spec, f"step {self.step}"):
             self._trainer.check()
         self._evaluate()
-        self.report()
         self._save(required=True)
 
     def report(self) -> None:
@@ -179,7 +178,7 @@ class Run:
 
     def _prepare_engine(self) -> MixedPrecisionTrainer:
         trainer = MixedPrecisionTrainer(self._spec.precision)
-        trainer.on_event = self._events.append
+        trainer.on_event = self._take_event
         trainer.on_step = self._take_rows
         trainer.setup_training(
             self._parts.model,
@@ -239,12 +238,16 @@ class Run:
                 {"code": "slow_precision", "compute_dtype": low, "relative_speed": speed},
             )
 
+    def _take_event(self, event: EngineEvent) -> None:
+        self._events.append(event)
+
     def _take_rows(self, rows: Sequence[StepRow]) -> None:
         for row in rows:
             position = self._unread.popleft()
             if row.skipped:
                 self._skipped.append((row.step, position))
-            else:
+            # The engine tells of a hopeless run at its next decision, when better steps may have followed.
+            elif len(self._skipped) < self._spec.precision.max_consecutive_skips:
                 self._skipped.clear()
             if position.epoch != self._epoch:
                 self._epoch, self._epoch_loss, self._epoch_steps = position.epoch, 0.0, 0
@@ -296,6 +299,9 @@ class Run:
         self._save_by = self._next_save_time()
         if self._saved_at == self.step:
             return
+        # A run that has failed is not worth keeping: its failure would be lost with the process.
+        with translated(self._spec, f"step {self.step}"):
+            self._trainer.check()
         self.report()
         self._recent.leave()
         payload = self._payload()

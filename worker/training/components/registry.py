@@ -192,7 +192,7 @@ def find(kind: Kind, name: str) -> Registered:
     entry = _registered.get((kind, name))
     if entry is None:
         names = sorted(known for of_kind, known in _registered if of_kind is kind)
-        close = difflib.get_close_matches(name, names, n=3) or names
+        close = difflib.get_close_matches(name, names, n=5) or names
         raise InvalidComponent(
             f"there is no {kind} '{name}' on this worker; use one of {', '.join(close)}",
             detail={"kind": str(kind), "name": name, "available": names},
