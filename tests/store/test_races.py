@@ -15,6 +15,7 @@ from service.contract.states import JobState
 from service.errors import Conflict, StaleFence
 from service.store import events, jobs, metrics
 from service.store.database import Database
+from service.store.records import lock_fenced
 from service.store.tables import jobs as job_rows
 from tests.store.making import CPU, LIVE, claimed, running, spec, state_of, steps, submitted
 
@@ -73,17 +74,22 @@ def test_several_reapers_take_each_lost_job_once(database: Database) -> None:
         assert [len(jobs.transitions(s, job.id)) for job in held] == [3] * 20
 
 
-def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(database: Database) -> None:
-    """The fence is checked under the row's lock: a new claim waits for the write, or the write is refused."""
+def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fence is checked under the row's lock: a new claim waits for the write that follows."""
     job = running(database)
-    written = threading.Event()
+    checked = threading.Event()
     go_on = threading.Event()
+
+    def check_then_dawdle(s: Session, job_id: str, fence: int) -> None:
+        lock_fenced(s, job_id, fence)
+        checked.set()
+        go_on.wait(timeout=30)
 
     def zombie() -> str:
         with database.begin() as s:
             metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
-            written.set()
-            go_on.wait(timeout=30)
         return "written"
 
     def successor() -> int:
@@ -92,12 +98,13 @@ def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(database: D
         )
         return claimed(database).fence
 
-    with ThreadPoolExecutor(2) as pool:
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(metrics, "lock_fenced", check_then_dawdle)
         first = pool.submit(zombie)
-        assert written.wait(timeout=30)
+        assert checked.wait(timeout=30)
         second = pool.submit(successor)
         with pytest.raises(TimeoutError):
-            second.result(timeout=0.5)  # it waits while the write is open
+            second.result(timeout=0.5)  # it waits between check and write
         go_on.set()
         assert first.result(timeout=30) == "written"
         assert second.result(timeout=30) == 2
