@@ -58,6 +58,19 @@ def test_many_claimers_get_each_job_exactly_once(database: Database) -> None:
         assert jobs.counts(s)[JobState.STARTING] == 60
 
 
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_claimer_does_not_wait_for_another_ones_commit(database: Database) -> None:
+    made = [submitted(database) for _ in range(2)]
+    with database.begin() as s:
+        first = jobs.claim(s, worker_id="w1", capability=CPU, lease_seconds=60)
+        second = claimed(database, worker="w2")  # on a connection of its own, while the first is open
+        third = database.retry(lambda s: jobs.claim(s, worker_id="w3", capability=CPU, lease_seconds=60))
+    assert first is not None
+    assert [first.id, second.id] == [job.id for job in made]
+    assert third is None
+
+
 def test_several_reapers_take_each_lost_job_once(database: Database) -> None:
     for _ in range(20):
         submitted(database)
