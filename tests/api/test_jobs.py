@@ -3,15 +3,18 @@
 import re
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from service import queue
 from service.contract.states import JobState
+from service.errors import StoreUnavailable
 from service.settings import Settings
 from service.store import jobs, workers
 from service.store.database import Database
@@ -167,6 +170,29 @@ def test_an_idempotency_key_at_once_from_many_is_one_job(client: TestClient, sen
     assert answers[0][0] == 202
     assert len(client.get("/jobs").json()["items"]) == 1
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "k"}])
+def test_a_commit_whose_answer_was_lost_makes_one_job(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    begin = Database.begin
+    lost: list[bool] = []
+
+    @contextmanager
+    def lossy(database: Database) -> Iterator[Session]:
+        with begin(database) as session:
+            yield session
+        if not lost:
+            lost.append(True)
+            raise StoreUnavailable("the connection broke after the commit")
+
+    monkeypatch.setattr(Database, "begin", lossy)
+    answer = client.post("/jobs", json={**SPEC, "precision": {"precision_level": "fp16"}}, headers=headers)
+    assert (answer.status_code, lost) == (202, [True])
+    assert [job["id"] for job in client.get("/jobs").json()["items"]] == [answer.json()["id"]]
+    events = client.get(f"/jobs/{answer.json()['id']}/events").json()["items"]
+    assert [event["type"] for event in events] == ["state", "warning"]
 
 
 @pytest.mark.parametrize("key", ["a b", "x" * 256, "caf\u00e9"])

@@ -165,6 +165,29 @@ def test_a_client_that_leaves_while_sending_leaves_no_trace(start: Start) -> Non
     assert httpx.get(f"{server.url}/jobs").json()["items"] == []
 
 
+@pytest.mark.usefixtures("database")
+def test_a_client_that_leaves_while_waiting_is_not_waited_for(start: Start) -> None:
+    server = start()
+    server.until_live()
+    path = f"/jobs/{httpx.post(f'{server.url}/jobs', json=SPEC).json()['id']}/stats"
+    etag = httpx.get(server.url + path).headers["etag"]
+
+    def answered() -> int:
+        lines = [json.loads(line) for line in server.log().splitlines()]
+        return sum(line["event"] == "request" and line["path"] == path for line in lines)
+
+    assert answered() == 1
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        head = f"GET {path}?wait_seconds=30 HTTP/1.1\r\nHost: localhost\r\nIf-None-Match: {etag}\r\n\r\n"
+        connection.sendall(head.encode())
+        time.sleep(0.5)
+        assert answered() == 1, "it waits"
+    deadline = time.monotonic() + 15
+    while answered() == 1:
+        assert time.monotonic() < deadline, server.log()
+        time.sleep(0.05)
+
+
 def test_it_ends_while_it_still_waits_for_its_database(start: Start) -> None:
     server = start(HALFSTEP_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
     deadline = time.monotonic() + 30
