@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
@@ -71,6 +71,8 @@ def newest_epoch(model: Sequence[StepMetrics]) -> list[StepMetrics]:
 
 @settings(
     max_examples=25,
+    # Shrinking through a database takes longer than a test may: the history found is short as it is.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
