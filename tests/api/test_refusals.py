@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.api import create_app
+from service.contract.precision import MixedPrecisionMode
 from service.settings import Settings
 from service.store.database import Database
 
@@ -61,7 +62,6 @@ CASES = [
         "/precision/precision_level",
         "'fp32'",
     ),
-    ("mode of later", with_raw("/precision/mode", '"adaptive"'), "/precision/mode", "'automatic'"),
     ("NaN", with_raw("/precision/initial_scale", "NaN"), "/precision/initial_scale", "finite"),
     (
         "Infinity",
@@ -170,6 +170,20 @@ def test_another_type_is_415(client: TestClient, headers: dict[str, str]) -> Non
 def test_json_is_json_however_it_is_spelled(client: TestClient, content_type: str) -> None:
     answer = client.post("/jobs", content=json.dumps(SPEC).encode(), headers={"content-type": content_type})
     assert answer.status_code == 202
+
+
+def test_a_mode_that_cannot_be_run_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    runnable = frozenset({MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING})
+    monkeypatch.setattr("service.api.validation.SUPPORTED_MODES", runnable)
+    answer = post(client, with_raw("/precision/mode", '"adaptive"'))
+    assert check_problem(answer, 422)["errors"] == [
+        {
+            "pointer": "/precision/mode",
+            "detail": "'adaptive', 'manual', 'selective' cannot be run by this version; "
+            "use one of 'automatic' and 'gradient_scaling'",
+        }
+    ]
+    assert client.get("/jobs").json()["items"] == []
 
 
 def test_unknown_paths_and_methods_are_problems_too(client: TestClient) -> None:

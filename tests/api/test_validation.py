@@ -8,7 +8,7 @@ import pytest
 from service.api.body import JsonBody
 from service.api.pointers import locate, pointer, suggestion
 from service.api.validation import read_spec
-from service.contract.precision import MixedPrecisionMode
+from service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
 from service.errors import InvalidRequest
 
 MINIMAL: dict[str, Any] = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}}
@@ -99,12 +99,21 @@ def test_a_contradiction_in_precision_points_at_its_field(precision: dict[str, A
 
 
 @pytest.mark.parametrize("mode", ["manual", "selective", "adaptive"])
-def test_a_mode_that_is_not_offered_names_those_that_are(mode: str) -> None:
-    assert MixedPrecisionMode(mode)
+def test_a_mode_that_is_not_offered_names_those_that_are(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runnable = frozenset({MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING})
+    monkeypatch.setattr("service.api.validation.SUPPORTED_MODES", runnable)
     place, detail = refused(precision={"mode": mode})[0]
     assert place == "/precision/mode"
     assert "'automatic' and 'gradient_scaling'" in detail
     assert mode in detail
+
+
+def test_every_mode_that_can_be_run_is_taken() -> None:
+    for mode in SUPPORTED_MODES:
+        level = "fp32" if mode is MixedPrecisionMode.GRADIENT_SCALING else "fp16"
+        layers = ["conv1"] if mode is MixedPrecisionMode.SELECTIVE else []
+        precision = {"mode": mode.value, "precision_level": level, "selective_layers": layers}
+        assert read_spec(body_of({**MINIMAL, "precision": precision})).precision.mode is mode
 
 
 def test_everything_wrong_is_told_at_once() -> None:
