@@ -1,9 +1,99 @@
-"""Which module a parameter belongs to, and in which order the model uses them."""
+"""Modules by name: which ones a pattern means, which one owns a parameter, and casts at a module's border."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from worker.amp.policies import PrecisionPolicy
+from worker.amp.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMatch:
+    """The outermost modules that some patterns mean, by name, and a sentence for each pattern without one."""
+
+    modules: dict[str, nn.Module]
+    notices: tuple[str, ...]
+
+
+def match_layers(model: nn.Module, patterns: Sequence[str], *, field: str) -> LayerMatch:
+    """Find the modules that patterns mean: exact names, globs, or "re:" and an expression for a whole name.
+
+    Args:
+        model: where to look.
+        patterns: what to look for; a match takes its whole subtree.
+        field: the configuration field that the patterns come from, for messages.
+
+    Raises:
+        SetupError: no pattern means any module, or one is no regular expression.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    matched: set[str] = set()
+    missing = []
+    for pattern in patterns:
+        names = _names_meant(pattern, modules, field)
+        matched.update(names)
+        if not names:
+            missing.append(pattern)
+    if patterns and not matched:
+        raise SetupError(f"{field}: {_missing(missing, modules)}")
+    notices = (f"{field}: {_missing(missing, modules)}",) if missing else ()
+    roots = {
+        name: module
+        for name, module in modules.items()
+        if name in matched and not any(name.startswith(f"{other}.") for other in matched)
+    }
+    return LayerMatch(roots, notices)
+
+
+class BorderCast:
+    """Runs modules in a region of their own and casts the floating tensors that cross their border.
+
+    Hooks, and not replaced methods: a copy of the model keeps them and they act on the copy.
+    """
+
+    def __init__(
+        self,
+        region: Callable[[], AbstractContextManager[object]] | None,
+        cast_inputs: Callable[[Any], Any] | None,
+        cast_outputs: Callable[[Any], Any] | None,
+    ) -> None:
+        self._region = region
+        self._cast_inputs = cast_inputs
+        self._cast_outputs = cast_outputs
+        self._open: list[AbstractContextManager[object]] = []
+        self.enabled = True
+
+    def attach(self, module: nn.Module) -> None:
+        """Act on every later call of `module`."""
+        module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        # Prepended: of two borders around one module the inner one is left first. Always called: a region
+        # left open by an exception would outlive the step.
+        module.register_forward_hook(self._leave, prepend=True, always_call=True)
+
+    def _enter(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        region = self._region() if self.enabled and self._region is not None else None
+        if region is not None:
+            region.__enter__()
+            self._open.append(region)
+        if not self.enabled or self._cast_inputs is None:
+            return None
+        return self._cast_inputs(args), self._cast_inputs(kwargs)
+
+    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if self.enabled and self._region is not None and self._open:
+            self._open.pop().__exit__(None, None, None)
+        if not self.enabled or self._cast_outputs is None or output is None:
+            return None
+        return self._cast_outputs(output)
 
 
 class ParameterOrder:
@@ -12,22 +102,62 @@ class ParameterOrder:
     The rank is the order of registration, which in nearly every model is that of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], policy: PrecisionPolicy) -> None:
-        names = {id(policy.optimized(parameter)): name for name, parameter in model.named_parameters()}
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        optimized: Callable[[nn.Parameter], nn.Parameter],
+    ) -> None:
+        names = {id(optimized(parameter)): name for name, parameter in model.named_parameters()}
         ranks = {identity: rank for rank, identity in enumerate(names)}
-        self._ranks = {id(p): ranks.get(id(p), -1) for p in parameters}
+        self._ranks = [ranks.get(id(parameter), -1) for parameter in parameters]
+        self._parameters = parameters
         self._layers = [name.rpartition(".")[0] or name for name in names.values()]
-        self._tensor: Tensor | None = None
-        self._tensor_of = 0
+        self._of_present: dict[tuple[int, ...], Tensor] = {}
 
-    def deepest_non_finite(self, norms: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """The highest rank among parameters with a non-finite gradient norm, else -1 (float32, 0-d)."""
-        if self._tensor is None or self._tensor_of != norms.numel():
-            ranks = [float(self._ranks[id(p)]) for p in parameters if p.grad is not None]
-            self._tensor = torch.tensor(ranks, dtype=torch.float32, device=norms.device)
-            self._tensor_of = norms.numel()
-        return torch.where(torch.isfinite(norms), -1.0, self._tensor).max()
+    def deepest_non_finite(self, norms: Tensor) -> Tensor:
+        """The highest rank among parameters with a non-finite gradient norm, else -1 (float32, 0-d).
+
+        Args:
+            norms: gradient norms of those parameters that have a gradient, in order.
+        """
+        if norms.numel() == len(self._ranks):
+            present = tuple(self._ranks)
+        else:
+            present = tuple(
+                rank for rank, p in zip(self._ranks, self._parameters, strict=True) if p.grad is not None
+            )
+        ranks = self._of_present.get(present)
+        if ranks is None:
+            ranks = torch.tensor(present, dtype=torch.float32, device=norms.device)
+            self._of_present = {present: ranks}
+        return torch.where(torch.isfinite(norms), -1.0, ranks).max()
 
     def layer(self, rank: int) -> str | None:
         """The module that owns the parameter of that rank; None below 0."""
         return self._layers[rank] if rank >= 0 else None
+
+
+def _names_meant(pattern: str, modules: dict[str, nn.Module], field: str) -> list[str]:
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise SetupError(f"{field}: '{pattern}' is no regular expression: {error}") from error
+        return [name for name in modules if expression.fullmatch(name)]
+    if pattern in modules:
+        return [pattern]
+    return fnmatch.filter(modules, pattern) if any(c in pattern for c in "*?[") else []
+
+
+def _missing(patterns: Sequence[str], modules: dict[str, nn.Module]) -> str:
+    close = list(
+        dict.fromkeys(
+            name for p in patterns for name in difflib.get_close_matches(p, modules, n=3, cutoff=0.5)
+        )
+    )
+    shown = close or list(modules)[:10]
+    label = "the closest names are" if close else "the model's layers are"
+    quoted = ", ".join(f"'{pattern}'" for pattern in patterns)
+    names = ", ".join(f"'{name}'" for name in shown) or "none"
+    return f"no layer matches {quoted}; {label} {names}"

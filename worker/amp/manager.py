@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
 from worker.amp.batches import to_device
 from worker.amp.capability import capability_of
+from worker.amp.checkpointing import recompute_blocks
 from worker.amp.errors import SetupError, StateMismatchError, StepError
-from worker.amp.policies import PrecisionPolicy, build_policy
+from worker.amp.memory import MemoryMonitor
+from worker.amp.policies import PrecisionPolicy, Transition, build_policy
 from worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
 from worker.amp.schedule import Interval, Schedule
 from worker.amp.state import MixedPrecisionState
-from worker.amp.step import FinishedStep, TrainingStep
+from worker.amp.step import TrainingStep
 from worker.amp.supervision import Supervisor
-from worker.amp.telemetry import EngineEvent, StepResult, StepRow
+from worker.amp.telemetry import EngineEvent, FinishedStep, StepResult, StepRow
 
 DECISION_STEPS = 32
 """After every so many steps of the run the host reads what was finished, and decides."""
@@ -87,8 +89,14 @@ class MixedPrecisionManager:
             target = torch.device("cuda", torch.cuda.current_device())
         resolved = resolve(self.config, capability_of(target))
         model.to(target)
+        notices = _check_weights(model) if self.config.enabled else []
         schedule = Schedule(optimizer, scheduler, scheduler_interval)
-        policy = build_policy(self.config, resolved, target)
+        if self.config.activation_checkpointing and not recompute_blocks(model):
+            notices.append(
+                "activation_checkpointing: the model has no block of several layers, so nothing is recomputed"
+            )
+        memory = MemoryMonitor(target)
+        policy = build_policy(self.config, resolved, target, memory)
         step = TrainingStep(
             self.config,
             policy,
@@ -96,6 +104,7 @@ class MixedPrecisionManager:
             optimizer=optimizer,
             criterion=criterion,
             schedule=schedule,
+            memory=memory,
             device=target,
         )
         self._prepared = _Run(
@@ -111,7 +120,7 @@ class MixedPrecisionManager:
         )
         self.state = MixedPrecisionState(current_scale=resolved.initial_scale if policy.scales else 1.0)
         self._supervisor = Supervisor(self.config, self._emit)
-        for warning in (*resolved.warnings, *policy.notices()):
+        for warning in (*resolved.warnings, *policy.notices(), *notices):
             self._emit(EngineEvent(type="warning", level="warning", message=warning, step=0))
 
     @property
@@ -158,10 +167,31 @@ class MixedPrecisionManager:
     def train_step(self, data_batch: Any, target_batch: Any) -> StepResult:
         """Train on one micro-batch; see `MixedPrecisionTrainer.train_step`."""
         run = self._run
-        result = run.step.micro_batch(data_batch, target_batch, default_size=run.accumulation)
-        if not run.step.in_group:
-            self._after_step()
-        return result
+        if run.accumulation == 1 and not run.step.announced:
+            return self.train_group([(data_batch, target_batch)])
+        return self._micro_batch(data_batch, target_batch)
+
+    def train_group(self, micro_batches: Sequence[tuple[Any, Any]]) -> StepResult:
+        """One optimizer step over these micro-batches; see `MixedPrecisionTrainer.train_group`."""
+        run = self._run
+        if not micro_batches:
+            raise StepError("a step has at least one micro-batch")
+        if not run.policy.retries:
+            return self._whole_step(micro_batches)
+        before = self._random_states()
+        try:
+            return self._whole_step(micro_batches)
+        except torch.OutOfMemoryError:
+            transition = run.policy.out_of_memory(run.step.steps)
+            if transition is None:
+                raise
+        # Outside the handler, whose traceback keeps the failed step's tensors alive.
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._restore_random_states(before)
+        self.flush()
+        self._change_precision(transition)
+        return self._whole_step(micro_batches)
 
     def finish_accumulation(self) -> bool:
         """End a step that has fewer micro-batches than announced; False where none is under way."""
@@ -169,6 +199,26 @@ class MixedPrecisionManager:
             return False
         self._after_step()
         return True
+
+    def replay_decisions(self, decisions: Sequence[dict[str, Any]]) -> None:
+        """Decide by memory as before a resume; see `MixedPrecisionTrainer.replay_decisions`."""
+        run = self._run
+        step = run.step.steps
+        transitions = [
+            Transition(
+                step=int(decision["step"]),
+                origin=str(decision["from"]),
+                target=str(decision["to"]),
+                reason=str(decision["reason"]),
+                figures=dict(decision.get("figures", {})),
+            )
+            for decision in decisions
+        ]
+        run.policy.replay([transition for transition in transitions if transition.step > step])
+        for transition in transitions:
+            # Out of memory in the step after the one that was saved: no later decision step would find it.
+            if transition.step == step and transition.reason == "out_of_memory" and run.policy.retries:
+                self._change_precision(transition)
 
     def end_epoch(self, metric: float | None) -> None:
         """Step a scheduler of interval "epoch", and raise what must end the run."""
@@ -313,9 +363,65 @@ class MixedPrecisionManager:
             raise StepError("call setup_training(model, optimizer, criterion) first")
         return self._prepared
 
+    def _whole_step(self, micro_batches: Sequence[tuple[Any, Any]]) -> StepResult:
+        self.begin_group(len(micro_batches))
+        results = [self._micro_batch(data, target) for data, target in micro_batches]
+        return results[-1]
+
+    def _micro_batch(self, data_batch: Any, target_batch: Any) -> StepResult:
+        run = self._run
+        result = run.step.micro_batch(data_batch, target_batch, default_size=run.accumulation)
+        if not run.step.in_group:
+            self._after_step()
+        return result
+
+    def _random_states(self) -> list[Tensor]:
+        on_gpu = self.device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if on_gpu else [])]
+
+    def _restore_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
+
     def _after_step(self) -> None:
-        if self._run.step.steps % DECISION_STEPS == 0:
-            self.check()
+        run = self._run
+        step = run.step.steps
+        if step % DECISION_STEPS and not run.policy.decides_after(step):
+            return
+        self.flush()
+        transition = run.policy.decide(step)
+        if transition is not None:
+            self._change_precision(transition)
+            if transition.origin != transition.target:
+                self._supervisor.forgive()
+        self._supervisor.raise_failure()
+
+    def _change_precision(self, transition: Transition) -> None:
+        data = {
+            "step": transition.step,
+            "from": transition.origin,
+            "to": transition.target,
+            "reason": transition.reason,
+            "figures": transition.figures,
+        }
+        changed = transition.origin != transition.target
+        what = f"from {transition.origin} to {transition.target}" if changed else f"stays {transition.origin}"
+        # Told before it takes effect: what rests on memory must be on record before a step depends on it.
+        self._emit(
+            EngineEvent(
+                type="precision",
+                level="warning" if changed else "info",
+                message=f"after step {transition.step} precision changes {what}: {transition.reason}"
+                if changed
+                else f"after step {transition.step} precision {what}: {transition.reason}",
+                step=transition.step,
+                data=data,
+            )
+        )
+        self._run.policy.apply(transition)
+        if self._run.step.precision_changed():
+            self.state.current_scale = self._run.resolved.initial_scale if self._run.policy.scales else 1.0
 
     def _count(self, done: FinishedStep) -> None:
         row = done.row
@@ -328,6 +434,7 @@ class MixedPrecisionManager:
             memory_usage=row.memory_usage,
         )
         self.state.current_scale = done.next_scale
+        self._run.policy.observe(done)
         self._run.schedule.saw(applied=not row.skipped)
         kind = "forward" if done.cause == "non_finite_loss" else "backward"
         self._supervisor.observe(
@@ -349,6 +456,24 @@ class MixedPrecisionManager:
             self.on_event(event)
         level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.level]
         self.logger.log(level, "%s", event.message)
+
+
+def _check_weights(model: nn.Module) -> list[str]:
+    """Weights that an optimizer could not train in the type that they are in."""
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    for name, dtype in trained.items():
+        if dtype == torch.float16:
+            raise SetupError(
+                f"model: '{name}' is in float16, whose gradients cannot be unscaled and whose small updates "
+                "are lost; pass the model in float32 (mode 'manual' lowers it and keeps FP32 masters)"
+            )
+    if torch.bfloat16 in trained.values():
+        notice = (
+            "model: weights in bfloat16 without FP32 masters stop moving once updates are below 1/256 of "
+            "them; pass the model in float32 (mode 'manual' lowers it and keeps FP32 masters)"
+        )
+        return [notice]
+    return []
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -27,7 +27,15 @@ from worker.amp.policies import PrecisionPolicy
 from worker.amp.private import kernels
 from worker.amp.scaling import LossScale
 from worker.amp.schedule import Schedule
-from worker.amp.telemetry import ComputeDtype, DeviceFigures, DeviceFlags, StepResult, StepRing, StepRow
+from worker.amp.telemetry import (
+    ComputeDtype,
+    DeviceFigures,
+    DeviceFlags,
+    FinishedStep,
+    StepResult,
+    StepRing,
+    StepRow,
+)
 
 
 @dataclass(slots=True)
@@ -51,27 +59,6 @@ class _HostPart:
     micro_batches: int
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedStep:
-    """A step as the host reads it.
-
-    Attributes:
-        row: the record that users see.
-        cause: why it was bad; None for a good one.
-        layer: the module of the deepest parameter with a non-finite gradient, where the loss was finite.
-        next_scale: the scale after it.
-        micro_batches: how many it was made of.
-        range_exhausted: underflow asks for more than max_scale.
-    """
-
-    row: StepRow
-    cause: Cause | None
-    layer: str | None
-    next_scale: float
-    micro_batches: int
-    range_exhausted: bool
-
-
 class TrainingStep:
     """Trains one model with one optimizer, step by step.
 
@@ -89,6 +76,7 @@ class TrainingStep:
         optimizer: Optimizer,
         criterion: Callable[[Any, Any], Tensor],
         schedule: Schedule,
+        memory: MemoryMonitor,
         device: torch.device,
     ) -> None:
         self._config = config
@@ -105,12 +93,12 @@ class TrainingStep:
             raise SetupError(
                 f"optimizer: not all of its parameters are on {device}; move the model there first"
             )
-        self._order = ParameterOrder(model, self._parameters, policy)
+        self._order = ParameterOrder(model, self._parameters, policy.optimized)
         self._update = GuardedUpdate(optimizer, self._kernels)
         self._buffers = BufferGuard(model, self._kernels)
         self._ring = StepRing(device)
         self._clock = StepClock(enabled=config.performance_monitoring)
-        self._memory = MemoryMonitor(device)
+        self._memory = memory
         self.loss_scale = LossScale(config, device, active=policy.scales)
         self._pending: deque[_HostPart] = deque()
         self._group: _Group | None = None
@@ -121,6 +109,11 @@ class TrainingStep:
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._false = torch.zeros((), dtype=torch.bool, device=device)
         self._may_overflow_unscaling = config.min_scale < 1.0 or config.initial_scale < 1.0
+
+    @property
+    def announced(self) -> bool:
+        """The coming step's size is known."""
+        return self._group is not None
 
     @property
     def in_group(self) -> bool:
@@ -203,6 +196,13 @@ class TrainingStep:
             finished.append(self._finished_step(self._read_steps, figures, flags, self._pending.popleft()))
         return finished
 
+    def precision_changed(self) -> bool:
+        """The policy has changed: scale anew where scaling begins, stop where it ends; tells if so."""
+        changed = self._policy.scales != self.loss_scale.active
+        if changed:
+            self.loss_scale.switch(active=self._policy.scales)
+        return changed
+
     def state_dict(self) -> dict[str, Any]:
         """Everything of the step that a bit-exact resume needs; call it between steps, after `read`."""
         if self.in_group:
@@ -221,6 +221,7 @@ class TrainingStep:
     def _forward_backward(self, group: _Group, data_batch: Any, target_batch: Any) -> tuple[Tensor, Any]:
         data = to_device(data_batch, self._device)
         target = to_device(target_batch, self._device)
+        self._policy.saw_input(shapes_of(data))
         with self._policy.region():
             output = self._model(self._policy.cast_input(data))
             loss = _scalar(self._criterion(self._policy.cast_output(output), target))
@@ -230,13 +231,13 @@ class TrainingStep:
         share = loss / group.size if group.size > 1 else loss
         scaled = share * self.loss_scale.scale if self.loss_scale.active else share
         scaled.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._policy.collect_gradients()
         group.seen += 1
         return detached, output
 
     @torch.no_grad()
     def _finish(self, group: _Group) -> tuple[Tensor, Tensor]:
         config = self._config
-        self._policy.collect_gradients()
         gradients = self._gradients()
         loss = cast("Tensor", group.loss_sum)
         loss = (loss / group.seen if group.seen > 1 else loss).float()
@@ -354,7 +355,7 @@ class TrainingStep:
             underflow_estimate=estimate.float(),
             grad_norm=grad_norm.float(),
             next_scale=self.loss_scale.scale,
-            suspect=self._order.deepest_non_finite(norms, self._parameters),
+            suspect=self._order.deepest_non_finite(norms),
         )
         return figures, flags
 

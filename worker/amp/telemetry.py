@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worker.amp.errors import Cause
+
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 EventLevel = Literal["info", "warning", "error"]
 
@@ -92,6 +94,27 @@ class DeviceFlags:
     has_nan: Any
     grad_bad: Any
     range_exhausted: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step as the host reads it.
+
+    Attributes:
+        row: the record that users see.
+        cause: why it was bad; None for a good one.
+        layer: the module of the deepest parameter with a non-finite gradient, where the loss was finite.
+        next_scale: the scale after it.
+        micro_batches: how many it was made of.
+        range_exhausted: underflow asks for more than max_scale.
+    """
+
+    row: StepRow
+    cause: Cause | None
+    layer: str | None
+    next_scale: float
+    micro_batches: int
+    range_exhausted: bool
 
 
 _FIGURES = DeviceFigures.__slots__

@@ -16,8 +16,7 @@ from service.contract.precision import MixedPrecisionConfig
 from worker.amp.errors import StepError
 from worker.amp.manager import MixedPrecisionManager
 from worker.amp.schedule import Interval
-from worker.amp.step import FinishedStep
-from worker.amp.telemetry import EngineEvent, StepResult, StepRow
+from worker.amp.telemetry import EngineEvent, FinishedStep, StepResult, StepRow
 
 MicroBatch = tuple[Any, Any]
 
@@ -151,12 +150,7 @@ class MixedPrecisionTrainer:
 
     def train_group(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step over these (input, target) micro-batches, each weighing the same."""
-        if not micro_batches:
-            raise StepError("a step has at least one micro-batch")
-        manager = self.mixed_precision_manager
-        manager.begin_group(len(micro_batches))
-        results = [manager.train_step(data, target) for data, target in micro_batches]
-        return results[-1]
+        return self.mixed_precision_manager.train_group(micro_batches)
 
     def train_step(self, data_batch: Any, target_batch: Any) -> StepResult:
         """Train on one micro-batch; the last one of its group makes the optimizer step.
@@ -197,6 +191,15 @@ class MixedPrecisionTrainer:
     def check(self) -> None:
         """Raise what must end the run; it asks by itself every 32 steps and at an epoch's end."""
         self.mixed_precision_manager.check()
+
+    def replay_decisions(self, decisions: Sequence[dict[str, Any]]) -> None:
+        """Make a resumed run decide by memory as it did before, where it would measure again.
+
+        Args:
+            decisions: the `data` of every "precision" event that the run has told, in order; call it after
+                `load_state_dict`. What lies before the saved step is ignored.
+        """
+        self.mixed_precision_manager.replay_decisions(decisions)
 
     def evaluation_region(self) -> AbstractContextManager[Callable[[Any], Any]]:
         """Evaluate between two steps without touching training.

@@ -6,12 +6,17 @@ from service.contract.precision import (
     SUPPORTED_MODES,
     MixedPrecisionConfig,
     MixedPrecisionMode,
+    PrecisionLevel,
     ResolvedPrecision,
 )
 from worker.amp.errors import SetupError
+from worker.amp.memory import MemoryMonitor
 from worker.amp.policies.automatic import AutomaticPolicy
 from worker.amp.policies.gradient_scaling import GradientScalingPolicy
-from worker.amp.policies.interface import PrecisionPolicy
+from worker.amp.policies.interface import PrecisionPolicy, Transition
+from worker.amp.policies.manual import ManualPolicy
+from worker.amp.policies.selective import SelectivePolicy
+from worker.amp.policies.switching import SwitchingPolicy
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -19,11 +24,14 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-__all__ = ["DTYPES", "PrecisionPolicy", "build_policy"]
+__all__ = ["DTYPES", "PrecisionPolicy", "Transition", "build_policy"]
 
 
 def build_policy(
-    config: MixedPrecisionConfig, resolved: ResolvedPrecision, device: torch.device
+    config: MixedPrecisionConfig,
+    resolved: ResolvedPrecision,
+    device: torch.device,
+    memory: MemoryMonitor,
 ) -> PrecisionPolicy:
     """The policy that `config` means on `device`."""
     if not config.enabled:
@@ -37,4 +45,21 @@ def build_policy(
         return GradientScalingPolicy(scales=resolved.scaling)
     if dtype is torch.float32:
         return PrecisionPolicy()
-    return AutomaticPolicy(device.type, dtype, scales=resolved.scaling)
+    low: PrecisionPolicy
+    if config.mode is MixedPrecisionMode.MANUAL:
+        return ManualPolicy(device.type, dtype, scales=resolved.scaling, fp32_layers=config.fp32_layers)
+    if config.mode is MixedPrecisionMode.SELECTIVE:
+        low = SelectivePolicy(
+            device.type,
+            dtype,
+            scales=resolved.scaling,
+            selective_layers=config.selective_layers,
+            fp32_layers=config.fp32_layers,
+        )
+    else:
+        low = AutomaticPolicy(device.type, dtype, scales=resolved.scaling, fp32_layers=config.fp32_layers)
+    if config.mode is MixedPrecisionMode.ADAPTIVE:
+        return SwitchingPolicy(config, low, memory_rule=config.memory_efficiency, memory=memory)
+    if config.precision_level is PrecisionLevel.DYNAMIC:
+        return SwitchingPolicy(config, low, memory_rule=False, memory=memory)
+    return low

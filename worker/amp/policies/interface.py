@@ -3,13 +3,31 @@
 A policy holds no counter of steps and reads nothing from the device; the step's order is `manager`'s.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from worker.amp.telemetry import FinishedStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """A change of precision after `step`, or a look at memory that changed nothing (origin and target alike).
+
+    `origin` and `target` are a compute type ("float32", "bfloat16", "float16"), followed in mode SELECTIVE by
+    the layers that run in it.
+    """
+
+    step: int
+    origin: str
+    target: str
+    reason: str
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class PrecisionPolicy:
@@ -34,6 +52,10 @@ class PrecisionPolicy:
         """Where the forward pass and the loss run."""
         return nullcontext()
 
+    def full_precision(self) -> AbstractContextManager[object]:
+        """Where a step can be repeated in FP32, to see whether precision was the trouble."""
+        return nullcontext()
+
     def cast_input(self, batch: Any) -> Any:
         """The input as the model takes it; integer tensors are never cast."""
         return batch
@@ -43,7 +65,7 @@ class PrecisionPolicy:
         return output
 
     def collect_gradients(self) -> None:
-        """After the last backward pass: put gradients where the optimizer looks for them."""
+        """After each backward pass: put gradients where the optimizer looks for them."""
 
     def publish_weights(self) -> None:
         """After the update: bring the optimizer's parameters back into the model."""
@@ -65,6 +87,39 @@ class PrecisionPolicy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+    def saw_input(self, shapes: Any) -> None:
+        """A micro-batch of these shapes is about to run."""
+
+    def observe(self, done: FinishedStep) -> None:
+        """Take one finished step into account; called in order."""
+
+    def decides_after(self, step: int) -> bool:
+        """Whether the policy must be asked after this step, besides the regular decision steps."""
+        del step
+        return False
+
+    def decide(self, step: int) -> Transition | None:
+        """What changes after `step`, if anything does; asked at decision steps, all steps observed."""
+        del step
+        return None
+
+    @property
+    def retries(self) -> bool:
+        """Whether a step that runs out of memory can be tried again with less."""
+        return False
+
+    def out_of_memory(self, step: int) -> Transition | None:
+        """What to change so that a batch that did not fit in memory can be tried again; None: nothing."""
+        del step
+        return None
+
+    def apply(self, transition: Transition) -> None:
+        """Let a transition take effect."""
+        raise NotImplementedError(f"{type(self).__name__} decides nothing, so {transition} is not its own")
+
+    def replay(self, transitions: Sequence[Transition]) -> None:
+        """Transitions that an earlier life of the run made, to be made at the same steps again."""
 
     def notices(self) -> Iterable[str]:
         """What `attach` found worth a warning, a sentence each."""

@@ -1,0 +1,81 @@
+"""SELECTIVE: named subtrees under autocast, everything else in FP32."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from worker.amp.batches import cast_floating
+from worker.amp.layers import BorderCast, match_layers
+from worker.amp.policies.interface import PrecisionPolicy
+from worker.amp.policies.islands import keep_in_fp32
+
+
+class SelectivePolicy(PrecisionPolicy):
+    """Each selected subtree runs in an autocast region of its own and gives FP32 back."""
+
+    def __init__(
+        self,
+        device_type: str,
+        dtype: torch.dtype,
+        *,
+        scales: bool,
+        selective_layers: tuple[str, ...],
+        fp32_layers: tuple[str, ...] = (),
+    ) -> None:
+        self._device_type = device_type
+        self._selective_layers = selective_layers
+        self._fp32_layers = fp32_layers
+        self._borders: dict[str, BorderCast] = {}
+        self._notices: tuple[str, ...] = ()
+        self.compute_dtype = dtype
+        self.scales = scales
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Find the layers and put a border around each.
+
+        Raises:
+            SetupError: selective_layers or fp32_layers mean no layer of this model.
+        """
+        del optimizer
+        selected = match_layers(model, self._selective_layers, field="selective_layers")
+        for name, module in selected.modules.items():
+            border = BorderCast(
+                region=partial(torch.autocast, self._device_type, dtype=self.compute_dtype),
+                cast_inputs=None,
+                cast_outputs=partial(cast_floating, dtype=torch.float32),
+            )
+            border.attach(module)
+            self._borders[name] = border
+        kept = keep_in_fp32(model, self._fp32_layers, self._device_type)
+        self._notices = (*selected.notices, *kept.notices)
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """The subtrees that run in low precision now."""
+        return tuple(name for name, border in self._borders.items() if border.enabled)
+
+    def lower(self, names: Iterable[str]) -> None:
+        """Run exactly these of the selected subtrees in low precision, the others in FP32."""
+        wanted = set(names)
+        for name, border in self._borders.items():
+            border.enabled = name in wanted
+
+    def subtree_of(self, layer: str) -> str | None:
+        """The lowered subtree that `layer` is in."""
+        return next((name for name in self.lowered if layer == name or layer.startswith(f"{name}.")), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which subtrees are lowered."""
+        return {"lowered": list(self.lowered)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.lower(state["lowered"])
+
+    def notices(self) -> Iterable[str]:
+        """Patterns that mean no layer."""
+        return self._notices
