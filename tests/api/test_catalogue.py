@@ -89,7 +89,11 @@ def test_a_wrong_component_or_parameter_is_pointed_at(
     assert "s3cr3t" not in found[0][1]
 
 
-def test_a_schema_that_cannot_be_used_leaves_the_check_to_the_worker() -> None:
+def test_a_schema_that_cannot_be_used_leaves_the_check_to_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched: list[object] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, *_args, **_more: fetched.append(request))
     for broken in (
         {"$ref": "https://schemas.invalid/params.json"},
         {"type": 7},
@@ -98,6 +102,7 @@ def test_a_schema_that_cannot_be_used_leaves_the_check_to_the_worker() -> None:
     ):
         catalogue = {**CATALOGUE, ("model", "mlp"): ComponentInfo("model", "mlp", "", broken, {})}
         assert check_components(spec_of(model={"name": "mlp", "params": {"hidden": "x"}}), catalogue) == []
+    assert fetched == [], "a published schema makes this process fetch nothing"
 
 
 def test_defaults_are_filled_in() -> None:
