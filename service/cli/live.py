@@ -134,7 +134,7 @@ class PlainLines:
         speed = (stats.get("performance_metrics") or {}).get("steps_per_second")
         self._say(
             f"{self._state} step {steps(stats)} loss {number(stats.get('loss'))} "
-            f"scale {number(stats.get('current_scale'))} "
+            f"scale {number(stats.get('current_scale'), 8)} "
             f"overflows {number(stats.get('overflow_count'))} skipped {number(stats.get('skipped_steps'))} "
             f"memory {size(stats.get('memory_allocated_bytes'))} {number(speed, 3)} steps/s"
             + ("" if stats.get("is_terminal") else f" eta {duration(stats.get('eta_seconds'))}")
@@ -220,7 +220,7 @@ def _figures(stats: Mapping[str, Any]) -> Table:
     grid = Table.grid(padding=(0, 2))
     speed = stats.get("performance_metrics") or {}
     grid.add_row(*_cells(
-        ("loss", number(stats.get("loss"))), ("scale", number(stats.get("current_scale"))),
+        ("loss", number(stats.get("loss"))), ("scale", number(stats.get("current_scale"), 8)),
         ("overflows", number(stats.get("overflow_count"))), ("skipped", number(stats.get("skipped_steps"))),
         ("NaN", number(stats.get("nan_count"))),
     ))  # fmt: skip

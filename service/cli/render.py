@@ -165,8 +165,11 @@ def stats_table(stats: Mapping[str, Any], job: Mapping[str, Any]) -> Table:
             str(precision[key]) for key in ("mode", "precision_level", "compute_dtype") if precision.get(key)
         ),
     )
-    row("loss scale", f"{number(stats.get('current_scale'))} (average {number(stats.get('average_scale'))})")
-    row("overflows", f"{number(stats.get('overflow_count'))} (rate {number(stats.get('overflow_rate'))})")
+    row(
+        "loss scale",
+        f"{number(stats.get('current_scale'), 8)} (average {number(stats.get('average_scale'))})",
+    )
+    row("overflows", _overflows(stats))
     if last := stats.get("last_overflow"):
         row(
             "last overflow",
@@ -207,6 +210,11 @@ def _evaluation(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = evaluation.get("split", "held-out")
     rows = [(f"{name} ({split})", number(value)) for name, value in (evaluation.get("metrics") or {}).items()]
     return [*rows, (f"loss ({split})", f"{number(evaluation.get('loss'))} at step {evaluation.get('step')}")]
+
+
+def _overflows(stats: Mapping[str, Any]) -> str:
+    count, rate = number(stats.get("overflow_count")), stats.get("overflow_rate")
+    return count if rate is None else f"{count} (rate {number(rate)})"
 
 
 def _time(stats: Mapping[str, Any], job: Mapping[str, Any]) -> str:

@@ -86,8 +86,9 @@ class Supervisor:
             StartFailed: A part ended with an error right after its first start; all are stopped by then.
         """
         loop = asyncio.get_running_loop()
-        # One that is ignored stays so: `nohup halfstep up` outlives its terminal.
-        handled = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        # `nohup halfstep up` outlives its terminal. SIGINT always counts: a script's `&` ignores it unasked.
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [each for each in STOP_SIGNALS if not (nohup and each is signal.SIGHUP)]
         for each in handled:
             loop.add_signal_handler(each, self.stop)
         keepers: list[asyncio.Task[None]] = []

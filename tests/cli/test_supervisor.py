@@ -238,6 +238,12 @@ def test_signals_stop_it_cleanly_and_reach_no_part(tmp_path: Path, number: signa
     ]
 
 
+def test_an_interrupt_stops_one_that_a_script_put_in_the_background(tmp_path: Path) -> None:
+    driven = Driven(tmp_path, "sh", "-c", "trap '' INT; exec \"$@\"", "sh")  # what `&` does in a script
+    driven.process.send_signal(signal.SIGINT)
+    assert driven.process.wait(timeout=20) == 0
+
+
 def test_it_outlives_its_terminal_under_nohup(tmp_path: Path) -> None:
     driven = Driven(tmp_path, "nohup")
     driven.process.send_signal(signal.SIGHUP)
