@@ -17,7 +17,7 @@ from celery.exceptions import SecurityWarning
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from service.errors import ConfigurationError, HalfstepError, StoreUnavailable
+from service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
 from service.logs import configure
 from service.queue import QUEUE, make_celery
 from service.settings import Settings
@@ -96,12 +96,19 @@ class _Registration:
     def _beat(self, runner: Runner) -> None:
         while not self._over.wait(self._settings.heartbeat_seconds):
             try:
-                self._database.retry(
-                    lambda s: workers.beat(s, self.worker_id, busy=runner.busy, draining=runner.draining),
-                    seconds=self._settings.heartbeat_seconds,
-                )
+                self._beat_once(runner)
             except StoreUnavailable as error:
                 log.warning("worker heartbeat failed", error=str(error))
+
+    def _beat_once(self, runner: Runner) -> None:
+        def beat(session: Session) -> None:
+            workers.beat(session, self.worker_id, busy=runner.busy, draining=runner.draining)
+
+        try:
+            self._database.retry(beat, seconds=self._settings.heartbeat_seconds)
+        except NotFound:
+            log.warning("this worker's row is gone; registering again")
+            self._write()
 
 
 def _leave_logging_alone(**_: object) -> None:
