@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from service.cli.app import OWNERS
+from service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -45,3 +46,9 @@ def test_make_targets_it_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in set(re.findall(r"\bmake (\w+)", README)):
         assert re.search(rf"^{name}:.*##", makefile, re.MULTILINE), name
+
+
+def test_modes_that_are_refused_are_among_the_limits() -> None:
+    refused = set(MixedPrecisionMode) - SUPPORTED_MODES
+    limits = README[README.index("## What it does not do yet") :]
+    assert all(f"`{mode.value}`" in limits for mode in refused)
