@@ -1,4 +1,4 @@
-"""Keeps a model's registered buffers as they were before a step, for the step that turns out to be skipped.
+"""Keeps what a forward pass moves, registered buffers and random number generators, as it was before a step.
 
 A forward pass moves BatchNorm's running statistics before anyone knows that its loss is infinite. Weights
 are not guarded here: a skipped step never writes them.
@@ -8,6 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from worker.amp.private import Kernels
+
+
+class RandomStates:
+    """The states of torch's random number generators that a step on `device` draws from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Put the generators back to where they were."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
 
 
 class BufferGuard:

@@ -20,6 +20,7 @@ from worker.amp.batches import to_device
 from worker.amp.capability import capability_of
 from worker.amp.checkpointing import recompute_blocks
 from worker.amp.errors import SetupError, StateMismatchError, StepError
+from worker.amp.guard import RandomStates
 from worker.amp.memory import MemoryMonitor
 from worker.amp.policies import PrecisionPolicy, Transition, build_policy
 from worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
@@ -178,7 +179,7 @@ class MixedPrecisionManager:
             raise StepError("a step has at least one micro-batch")
         if not run.policy.retries:
             return self._whole_step(micro_batches)
-        before = self._random_states()
+        before = RandomStates(run.device)
         try:
             return self._whole_step(micro_batches)
         except torch.OutOfMemoryError:
@@ -188,7 +189,7 @@ class MixedPrecisionManager:
         # Outside the handler, whose traceback keeps the failed step's tensors alive.
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._restore_random_states(before)
+        before.restore()
         self.flush()
         self._change_precision(transition)
         return self._whole_step(micro_batches)
@@ -375,15 +376,6 @@ class MixedPrecisionManager:
             self._after_step()
         return result
 
-    def _random_states(self) -> list[Tensor]:
-        on_gpu = self.device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if on_gpu else [])]
-
-    def _restore_random_states(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
-
     def _after_step(self) -> None:
         run = self._run
         step = run.step.steps
@@ -436,10 +428,11 @@ class MixedPrecisionManager:
         self.state.current_scale = done.next_scale
         self._run.policy.observe(done)
         self._run.schedule.saw(applied=not row.skipped)
-        kind = "forward" if done.cause == "non_finite_loss" else "backward"
         self._supervisor.observe(
-            row, cause=done.cause, layer=done.layer, kind=kind, range_exhausted=done.range_exhausted
+            row, cause=done.cause, attribution=done.attribution, range_exhausted=done.range_exhausted
         )
+        if done.cause is not None:
+            self._run.step.watch_closely()
         if self.on_finished is not None:
             self.on_finished(done)
         if row.step % self.config.logging_frequency == 0:

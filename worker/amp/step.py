@@ -8,7 +8,7 @@ and `supervision`'s.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
+from worker.amp.attribution import Repeated, Tracer
 from worker.amp.batches import samples_in, shapes_of, to_device
 from worker.amp.errors import Cause, SetupError, StepError
-from worker.amp.guard import BufferGuard
+from worker.amp.guard import BufferGuard, RandomStates
 from worker.amp.layers import ParameterOrder
 from worker.amp.memory import MemoryMonitor, MemorySample
 from worker.amp.optimizers import GuardedUpdate, parameters_of
@@ -28,6 +29,7 @@ from worker.amp.private import kernels
 from worker.amp.scaling import LossScale
 from worker.amp.schedule import Schedule
 from worker.amp.telemetry import (
+    Attribution,
     ComputeDtype,
     DeviceFigures,
     DeviceFlags,
@@ -36,6 +38,9 @@ from worker.amp.telemetry import (
     StepRing,
     StepRow,
 )
+
+WATCHED_STEPS = 32
+"""On a GPU: so many steps after the start and after an incident the host waits to know of a skipped step."""
 
 
 @dataclass(slots=True)
@@ -46,6 +51,8 @@ class _Group:
     seen: int = 0
     samples: int = 0
     loss_sum: Tensor | None = None
+    micro_batches: list[tuple[Any, Any]] = field(default_factory=list)
+    random_states: RandomStates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class _HostPart:
     step_time_ms: float
     compute_dtype: ComputeDtype
     micro_batches: int
+    attribution: Attribution | None
 
 
 class TrainingStep:
@@ -94,6 +102,10 @@ class TrainingStep:
                 f"optimizer: not all of its parameters are on {device}; move the model there first"
             )
         self._order = ParameterOrder(model, self._parameters, policy.optimized)
+        self._tracer = Tracer(model, criterion, policy, self._parameters)
+        self._traces = 0
+        self._watched_until = WATCHED_STEPS
+        self._last_bad_step = -2
         self._update = GuardedUpdate(optimizer, self._kernels)
         self._buffers = BufferGuard(model, self._kernels)
         self._ring = StepRing(device)
@@ -105,6 +117,9 @@ class TrainingStep:
         self.steps = 0
         self._read_steps = 0
         self._found = torch.zeros((), dtype=torch.float32, device=device)
+        self._skip = torch.zeros((), dtype=torch.float32, device=device)
+        # On a CPU the host sees the device's memory: no read to wait for, and none to count.
+        self._skip_seen = self._skip.numpy() if device.type == "cpu" else None
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._zero = torch.zeros((), dtype=torch.float32, device=device)
         self._false = torch.zeros((), dtype=torch.bool, device=device)
@@ -142,6 +157,8 @@ class TrainingStep:
                 self._policy.release_gradients()
                 if self._config.enabled:
                     self._buffers.snapshot()
+                    if self._is_watched():
+                        group.random_states = RandomStates(self._device)
             loss, output = self._forward_backward(group, data_batch, target_batch)
             scale = self.loss_scale.scale
             flag_row = None
@@ -175,6 +192,10 @@ class TrainingStep:
             self._abandon(group)
             raise
         return True
+
+    def watch_closely(self) -> None:
+        """An incident was read: on a GPU, find out at once about the next ones, to repeat the first."""
+        self._watched_until = self.steps + WATCHED_STEPS
 
     def pause_clock(self) -> None:
         """What follows, until the next micro-batch, is not training time."""
@@ -228,6 +249,8 @@ class TrainingStep:
         detached = loss.detach()
         group.loss_sum = detached if group.loss_sum is None else group.loss_sum + detached
         group.samples += samples_in(data)
+        if group.random_states is not None:
+            group.micro_batches.append((data, target))
         share = loss / group.size if group.size > 1 else loss
         scaled = share * self.loss_scale.scale if self.loss_scale.active else share
         scaled.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -248,20 +271,24 @@ class TrainingStep:
             # By multiplication, as torch.nn.utils.clip_grad_norm_ does, so that results agree to the bit.
             self._kernels.multiply(gradients, torch.clamp(config.max_grad_norm / (grad_norm + 1e-6), max=1.0))
         learning_rate = self._schedule.learning_rate
-        host_syncs = self._apply(found)
+        self._skip.copy_(found)
+        host_syncs, skipped = self._apply(found)
         self._policy.publish_weights()
         figures, flags = self._outcome(loss, grad_bad, loss_bad, found, norms, grad_norm, gradients)
         rows = self._ring.write(figures, flags)
         if config.memory_efficiency:
             self._optimizer.zero_grad(set_to_none=True)
             self._policy.release_gradients()
+        step_time_ms = self._clock.finish(samples=group.samples, host_syncs=host_syncs)
+        attribution = self._trace(group, figures.scale) if skipped else None
         self._group = None
         self.steps += 1
         self._pending.append(
             _HostPart(
                 learning_rate=learning_rate,
                 memory=self._memory.recent(),
-                step_time_ms=self._clock.finish(samples=group.samples, host_syncs=host_syncs),
+                step_time_ms=step_time_ms,
+                attribution=attribution,
                 compute_dtype=cast("ComputeDtype", str(self._policy.compute_dtype).removeprefix("torch.")),
                 micro_batches=group.seen,
             )
@@ -296,25 +323,59 @@ class TrainingStep:
         norms = torch.stack(list(self._kernels.norms(gradients)))
         return found > 0, norms, torch.linalg.vector_norm(norms)
 
-    def _apply(self, found: Tensor) -> int:
-        """Update the weights where the step was good; returns the host's reads of the device."""
+    def _apply(self, found: Tensor) -> tuple[int, bool]:
+        """Update the weights where the step was good.
+
+        Returns:
+            The host's reads of the device, and whether the host knows that the step was skipped.
+        """
         if not self._config.enabled:
             self._update.apply_always()
             self._schedule.advance()
-            return 0
+            return 0, False
         host_syncs = int(self._update.reads_host())
-        applied = self._update.apply(found.float())
-        if applied is None and self._schedule.by_step:
+        applied = self._update.apply(self._skip)
+        if applied is None and (self._schedule.by_step or self._must_know()):
             applied = not bool(found.item())
             host_syncs += 1
         if applied is None:
             self._buffers.restore_where(found)
-            return host_syncs
+            return host_syncs, self._skip_seen is not None and bool(self._skip_seen)
         if applied:
             self._schedule.advance()
         else:
             self._buffers.restore()
-        return host_syncs
+        return host_syncs, not applied
+
+    def _is_watched(self) -> bool:
+        """Whether a skipped step could be repeated: always on a CPU, on a GPU soon after an incident."""
+        return self._skip_seen is not None or self.steps < self._watched_until
+
+    def _must_know(self) -> bool:
+        return self._skip_seen is None and self._is_watched()
+
+    def _trace(self, group: _Group, scale: Tensor) -> Attribution | None:
+        """Repeat the first skipped step of a run of them, to see where it went wrong."""
+        first_of_run = self._last_bad_step != self.steps - 1
+        self._last_bad_step = self.steps
+        if group.random_states is None or not first_of_run or self._traces > 16 + self.steps // 50:
+            return None
+        self._traces += 1
+        now = RandomStates(self._device)
+        step = Repeated(group.micro_batches, scale)
+        try:
+            group.random_states.restore()
+            found = self._tracer.first_non_finite(step)
+            if found is None:
+                return None
+            group.random_states.restore()
+            self._buffers.restore()
+            return replace(found, verdict=self._tracer.in_full_precision(step))
+        finally:
+            now.restore()
+            self._buffers.restore()
+            self._tracer.release()
+            self._clock.pause()
 
     def _outcome(
         self,
@@ -385,11 +446,19 @@ class TrainingStep:
         return FinishedStep(
             row=row,
             cause=self._cause(row, grad_bad=flags.grad_bad),
-            layer=self._order.layer(int(figures.suspect)) if math.isfinite(row.loss) else None,
+            attribution=host.attribution or self._from_norms(row, int(figures.suspect)),
             next_scale=figures.next_scale,
             micro_batches=host.micro_batches,
             range_exhausted=flags.range_exhausted,
         )
+
+    def _from_norms(self, row: StepRow, suspect: int) -> Attribution | None:
+        """What the norms tell without repeating the step: a backward overflow enters at the deepest layer."""
+        if not (row.overflow or row.nan):
+            return None
+        if not math.isfinite(row.loss):
+            return Attribution(layer=None, kind="forward")
+        return Attribution(layer=self._order.layer(suspect), kind="backward")
 
     def _cause(self, row: StepRow, *, grad_bad: bool) -> Cause | None:
         if not (row.overflow or row.nan):

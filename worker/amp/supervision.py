@@ -9,7 +9,7 @@ from typing import Any
 
 from service.contract.precision import MixedPrecisionConfig
 from worker.amp.errors import Cause, NonFiniteError, NonFiniteGradient, NonFiniteLoss, TooManySkips
-from worker.amp.telemetry import EngineEvent, EventLevel, StepRow
+from worker.amp.telemetry import Attribution, EngineEvent, EventLevel, StepRow
 
 QUIET_STEPS = 100
 """After an incident was told, others of its kind are only counted for so many steps."""
@@ -49,15 +49,19 @@ class Supervisor:
         return rate is not None and rate > self._config.overflow_threshold
 
     def observe(
-        self, row: StepRow, *, cause: Cause | None, layer: str | None, kind: str, range_exhausted: bool
+        self,
+        row: StepRow,
+        *,
+        cause: Cause | None,
+        attribution: Attribution | None,
+        range_exhausted: bool,
     ) -> None:
         """Take one finished step into account.
 
         Args:
             row: the step.
             cause: why the step was bad; None for a good one.
-            layer: where its first non-finite value came from, if that is known.
-            kind: "forward", "backward" or "unknown".
+            attribution: where its first non-finite value came from; None for a good one.
             range_exhausted: underflow asks for a larger scale than max_scale.
         """
         self._steps += 1
@@ -65,7 +69,7 @@ class Supervisor:
         if cause is None:
             self.consecutive_skips = 0
         else:
-            self._count_bad(row, cause, layer, kind)
+            self._count_bad(row, cause, attribution or Attribution(layer=None, kind="unknown"))
         if range_exhausted:
             self._tell(
                 "range_exhausted",
@@ -121,8 +125,9 @@ class Supervisor:
         self.consecutive_skips = state["consecutive_skips"]
         self.last_overflow = state["last_overflow"]
 
-    def _count_bad(self, row: StepRow, cause: Cause, layer: str | None, kind: str) -> None:
+    def _count_bad(self, row: StepRow, cause: Cause, attribution: Attribution) -> None:
         self.consecutive_skips += 1
+        layer, kind = attribution.layer, attribution.kind
         incident = {"step": row.step, "layer": layer, "kind": kind}
         if row.overflow:
             self.last_overflow = incident
@@ -134,7 +139,15 @@ class Supervisor:
                 + (f", first seen in '{layer}' ({kind})" if layer else ""),
                 row.step,
                 incident
-                | {"cause": cause, "scale": row.scale, "has_inf": row.has_inf, "has_nan": row.has_nan},
+                | {
+                    "cause": cause,
+                    "scale": row.scale,
+                    "has_inf": row.has_inf,
+                    "has_nan": row.has_nan,
+                    "where": attribution.where,
+                    "largest_finite": attribution.largest_finite,
+                    "verdict": attribution.verdict,
+                },
             )
         if self._failure is None:
             self._failure = self._failed(row, cause, layer)

@@ -97,13 +97,34 @@ class DeviceFlags:
 
 
 @dataclass(frozen=True, slots=True)
+class Attribution:
+    """Where a step's first non-finite value was seen.
+
+    Attributes:
+        layer: the module; "criterion" or "input" where it was the loss or the data; None where not known.
+        kind: on which way it was seen.
+        where: "output" or "input" of the module (forward); "grad_output" (the scale was too large before
+            it), "grad_input" (this layer made it) or "weights" (its weights' gradient alone); None where not
+            known.
+        largest_finite: the largest finite magnitude seen beside it.
+        verdict: "precision" where the same step is finite in FP32, else "data_or_model"; None: not tried.
+    """
+
+    layer: str | None
+    kind: Literal["forward", "backward", "unknown"]
+    where: str | None = None
+    largest_finite: float | None = None
+    verdict: Literal["precision", "data_or_model"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedStep:
     """A step as the host reads it.
 
     Attributes:
         row: the record that users see.
         cause: why it was bad; None for a good one.
-        layer: the module of the deepest parameter with a non-finite gradient, where the loss was finite.
+        attribution: where it went bad, as far as that is known; None for a good one.
         next_scale: the scale after it.
         micro_batches: how many it was made of.
         range_exhausted: underflow asks for more than max_scale.
@@ -111,7 +132,7 @@ class FinishedStep:
 
     row: StepRow
     cause: Cause | None
-    layer: str | None
+    attribution: Attribution | None
     next_scale: float
     micro_batches: int
     range_exhausted: bool

@@ -47,8 +47,8 @@ class InstabilityLadder:
         oldest = row.step - self._window
         while self._overflow_steps and self._overflow_steps[0] <= oldest:
             del self._overflow_steps[0]
-        if done.cause is not None and done.layer is not None:
-            self._layer = done.layer
+        if done.attribution is not None and done.attribution.layer is not None:
+            self._layer = done.attribution.layer
 
     def complaint(self) -> tuple[str, dict[str, Any]] | None:
         """Why low precision is unstable, with the figures that say so; None where it is not."""

@@ -3,7 +3,8 @@
 Normalisation layers stay in FP32, as does the loss. The masters are what is saved and exported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,27 @@ class ManualPolicy(PrecisionPolicy):
             if parameter in self._masters:
                 self._masters[parameter].copy_(weights[name])
         self.publish_weights()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The masters in place of the lowered weights while the context is open."""
+        lows = [low.data for low in self._masters]
+        buffers = [(module, name, getattr(module, name)) for module, name, _ in self._lowered_buffers]
+        self.release_gradients()
+        for low, master in self._masters.items():
+            low.data = master.data
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.float())
+        self._full, self._border.enabled = True, False
+        try:
+            yield
+        finally:
+            self._full, self._border.enabled = False, True
+            self.release_gradients()
+            for low, data in zip(self._masters, lows, strict=True):
+                low.data = data
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
 
     def notices(self) -> Iterable[str]:
         """Patterns that mean no layer."""

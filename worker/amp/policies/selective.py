@@ -1,6 +1,7 @@
 """SELECTIVE: named subtrees under autocast, everything else in FP32."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,16 @@ class SelectivePolicy(PrecisionPolicy):
     def subtree_of(self, layer: str) -> str | None:
         """The lowered subtree that `layer` is in."""
         return next((name for name in self.lowered if layer == name or layer.startswith(f"{name}.")), None)
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Every layer in FP32 while the context is open."""
+        lowered = self.lowered
+        self.lower(())
+        try:
+            yield
+        finally:
+            self.lower(lowered)
 
     def state_dict(self) -> dict[str, Any]:
         """Which subtrees are lowered."""
