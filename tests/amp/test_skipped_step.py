@@ -232,3 +232,48 @@ def test_an_exception_in_the_forward_pass_leaves_the_next_step_clean() -> None:
         run.trainer.train_step(batches[1][0], torch.full((8,), 99))
     assert_identical(frozen_copy(run), before)
     assert [row.step for row in run.run(batches[1:])] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("overflow_first", [False, True])
+def test_fused_sgd_whose_layer_sees_its_first_gradient_late(dampening: float, overflow_first: bool) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.late = nn.Linear(12, 4), nn.Linear(12, 4)
+            self.use_late = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.always(x) + self.late(x) if self.use_late else self.always(x)
+
+    def train(fused: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = Late()
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, dampening=dampening, fused=fused, foreach=False
+        )
+        run = Recorded(MixedPrecisionConfig(precision_level="fp32"), model, optimizer)
+        batches = make_batches(6)
+        run.run(batches[:2])
+        model.use_late = True
+        if overflow_first:
+            run.run([poisoned(batches[0])])
+        run.run(batches[2:])
+        return model
+
+    for fused, plain in zip(train(fused=True).parameters(), train(fused=False).parameters(), strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+def test_fused_sgd_on_a_cpu_is_not_fused_for_low_precision_weights() -> None:
+    model = nn.Linear(64, 64, bias=False).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    run = Recorded(
+        MixedPrecisionConfig(precision_level="fp32", max_grad_norm=None),
+        model,
+        optimizer,
+        criterion=lambda output, target: output.float().square().sum(),
+    )
+    before = model.weight.detach().clone()
+    run.trainer.train_step(torch.ones(2, 64, dtype=torch.bfloat16), torch.zeros(1))
+    assert (model.weight != before).all(), "whole SIMD blocks were left as they were"

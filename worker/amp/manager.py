@@ -326,12 +326,13 @@ class MixedPrecisionManager:
         """Everything that a bit-exact resume of engine, model, optimizer and scheduler needs."""
         run = self._run
         engine = self.engine_state()
-        return {
-            "engine": engine,
-            "schedule": plain(run.schedule.state_dict()),
-            "optimizer": plain(run.optimizer.state_dict()),
-            "model": dict(run.policy.weights(run.model)),
-        }
+        with run.schedule.settled():
+            return {
+                "engine": engine,
+                "schedule": plain(run.schedule.state_dict()),
+                "optimizer": plain(run.optimizer.state_dict()),
+                "model": dict(run.policy.weights(run.model)),
+            }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Take back what `state_dict` gave; returns how its configuration differs from the running one."""
@@ -382,6 +383,7 @@ class MixedPrecisionManager:
         if step % DECISION_STEPS and not run.policy.decides_after(step):
             return
         self.flush()
+        run.schedule.refill()
         transition = run.policy.decide(step)
         if transition is not None:
             self._change_precision(transition)
@@ -427,7 +429,6 @@ class MixedPrecisionManager:
         )
         self.state.current_scale = done.next_scale
         self._run.policy.observe(done)
-        self._run.schedule.saw(applied=not row.skipped)
         self._supervisor.observe(
             row, cause=done.cause, attribution=done.attribution, range_exhausted=done.range_exhausted
         )

@@ -5,6 +5,7 @@ step. Learning rates are in `schedule`.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class GuardedUpdate:
         # momentum).
         good = found.item() == 0.0
         if good:
-            self._optimizer.step()
+            with _unfused_where_state_is_missing(self._optimizer):
+                self._optimizer.step()
         return good
 
     def apply_always(self) -> None:
@@ -90,6 +92,26 @@ def _prepare_fused(optimizer: Optimizer) -> bool:
 def _fuses_correctly(parameters: list[nn.Parameter]) -> bool:
     # Fused SGD on a CPU leaves FP16 and BF16 parameters as they are in whole SIMD blocks.
     return all(p.device.type != "cpu" or p.dtype not in {torch.float16, torch.bfloat16} for p in parameters)
+
+
+@contextmanager
+def _unfused_where_state_is_missing(optimizer: Optimizer) -> Iterator[None]:
+    """Fused SGD fails where only some parameters have momentum yet; plain SGD does not."""
+    late = []
+    if isinstance(optimizer, SGD):
+        for group in optimizer.param_groups:
+            present = [
+                "momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"] if p.grad is not None
+            ]
+            if group.get("fused") and group["momentum"] and any(present) and not all(present):
+                late.append(group)
+    for group in late:
+        group["fused"] = False
+    try:
+        yield
+    finally:
+        for group in late:
+            group["fused"] = True
 
 
 def _have_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:

@@ -107,6 +107,8 @@ class TrainingStep:
         self._watched_until = WATCHED_STEPS
         self._last_bad_step = -2
         self._update = GuardedUpdate(optimizer, self._kernels)
+        if self._update.on_device and config.enabled:
+            schedule.follow_on_device(device)
         self._buffers = BufferGuard(model, self._kernels)
         self._ring = StepRing(device)
         self._clock = StepClock(enabled=config.performance_monitoring)
@@ -270,7 +272,7 @@ class TrainingStep:
         if config.max_grad_norm is not None:
             # By multiplication, as torch.nn.utils.clip_grad_norm_ does, so that results agree to the bit.
             self._kernels.multiply(gradients, torch.clamp(config.max_grad_norm / (grad_norm + 1e-6), max=1.0))
-        learning_rate = self._schedule.learning_rate
+        learning_rate = self._schedule.rate_used()
         self._skip.copy_(found)
         host_syncs, skipped = self._apply(found)
         self._policy.publish_weights()
@@ -335,9 +337,10 @@ class TrainingStep:
             return 0, False
         host_syncs = int(self._update.reads_host())
         applied = self._update.apply(self._skip)
-        if applied is None and (self._schedule.by_step or self._must_know()):
+        if applied is None and (self._schedule.on_host or self._must_know()):
             applied = not bool(found.item())
             host_syncs += 1
+        self._schedule.advance_where(found)
         if applied is None:
             self._buffers.restore_where(found)
             return host_syncs, self._skip_seen is not None and bool(self._skip_seen)
@@ -423,6 +426,7 @@ class TrainingStep:
     def _finished_step(
         self, step: int, figures: DeviceFigures, flags: DeviceFlags, host: _HostPart
     ) -> FinishedStep:
+        rate = self._schedule.saw(applied=not flags.skipped)
         row = StepRow(
             step=step,
             loss=figures.loss,
@@ -435,7 +439,7 @@ class TrainingStep:
             has_nan=flags.has_nan,
             underflow_estimate=figures.underflow_estimate,
             grad_norm=figures.grad_norm,
-            learning_rate=host.learning_rate,
+            learning_rate=host.learning_rate if rate is None else rate,
             memory_usage=host.memory.usage,
             memory_allocated_bytes=host.memory.allocated,
             memory_reserved_bytes=host.memory.reserved,
