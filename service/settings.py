@@ -126,8 +126,8 @@ class Settings(BaseSettings):
     def _consistent(self) -> "Settings":
         if self.heartbeat_seconds * 3 > self.lease_seconds:
             message = (
-                f"HALFSTEP_HEARTBEAT_SECONDS={self.heartbeat_seconds:g} leaves no room for two missed beats within "
-                f"HALFSTEP_LEASE_SECONDS={self.lease_seconds:g}; use at most a third of the lease"
+                f"HALFSTEP_HEARTBEAT_SECONDS={self.heartbeat_seconds:g} leaves no room for two missed beats "
+                f"in HALFSTEP_LEASE_SECONDS={self.lease_seconds:g}; use at most a third of the lease"
             )
             raise ValueError(message)
         return self
@@ -146,6 +146,10 @@ class Settings(BaseSettings):
     def celery_broker_url(self) -> str:
         """The broker to use, with the embedded default filled in."""
         return self.broker_url or f"redis+socket://{self.broker_socket}"
+
+    def job_directory(self, job_id: str) -> Path:
+        """Where a job's checkpoints are; all that it leaves on this disk."""
+        return self.data_dir / "jobs" / job_id
 
     @cached_property
     def loopback_only(self) -> bool:

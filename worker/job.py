@@ -55,7 +55,7 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
     config = RunConfig(
         spec=spec,
         device=order.device,
-        directory=settings.data_dir / "jobs" / order.job_id,
+        directory=settings.job_directory(order.job_id),
         fence=order.fence,
         text_roots=settings.text_roots,
         resume=[

@@ -20,6 +20,7 @@ from service.store import events, jobs, metrics
 from service.store.database import Database
 from worker.training import checkpoint
 from worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from worker.training.errors import TrainingFailure
 
 log = structlog.get_logger(__name__)
 
@@ -132,6 +133,11 @@ class Reporter:
                 sha256=info.sha256,
                 metrics=dict(info.metrics),
             )
+            message = f"checkpoint after step {info.step}, {info.bytes} bytes"
+            data = {"step": info.step, "bytes": info.bytes, "sha256": info.sha256}
+            events.append(
+                session, job, type="checkpoint", level="info", message=message, data=data, fence=fence
+            )
 
         self._put(write)
 
@@ -143,7 +149,13 @@ class Reporter:
             for reference in checkpoints:
                 jobs.drop_checkpoint(session, job, fence, reference.step)
 
-        self._put(write, then=lambda: checkpoint.remove(checkpoints))
+        def remove_files() -> None:
+            try:
+                checkpoint.remove(checkpoints)
+            except TrainingFailure as error:  # costs disk space, not the job
+                log.warning("an old checkpoint stays on disk", error=error.message)
+
+        self._put(write, then=remove_files)
 
     def close(self) -> None:
         """Wait until everything is stored, then end the thread. Raises what the thread met."""

@@ -68,7 +68,7 @@ class TrainingBlock(_Block):
     )
     keep_checkpoints: Annotated[int, Strict(), Field(ge=2, le=1000)] = Field(
         default=2,
-        description="How many of the newest checkpoints stay; at least 2, so that a damaged one can fall back.",
+        description="How many of the newest checkpoints stay; at least 2, since one may be damaged.",
     )
     evaluate_every_steps: Count | None = Field(
         default=None, description="Steps between evaluations; null: after each epoch."

@@ -72,7 +72,7 @@ class Cluster:
             "HALFSTEP_LEASE_SECONDS": "3",
             "HALFSTEP_HEARTBEAT_SECONDS": "0.5",
             "HALFSTEP_DISPATCH_SECONDS": "0.3",
-            # Several jobs share a machine that may be small: threads that spin for each other would starve it.
+            # On a small machine several jobs whose threads spin for each other would starve it.
             "HALFSTEP_WORKER_THREADS": "1",
             **{f"HALFSTEP_{name.upper()}": str(value) for name, value in settings.items()},
         }
@@ -80,14 +80,11 @@ class Cluster:
         self.client = httpx.Client(base_url=self.url, timeout=30.0)
 
     def start(self, name: str, module: str, *arguments: str, **settings: object) -> "subprocess.Popen[bytes]":
-        environment = {
-            **self.environment,
-            **{f"HALFSTEP_{key.upper()}": str(value) for key, value in settings.items()},
-        }
+        own = {f"HALFSTEP_{key.upper()}": str(value) for key, value in settings.items()}
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                env=environment,
+                env={**self.environment, **own},
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,

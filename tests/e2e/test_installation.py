@@ -89,9 +89,7 @@ def test_a_killed_worker_loses_no_job(serving: Cluster) -> None:
     columns = serving.columns(job_id)
     assert columns["step"] == list(range(1, 2_001))
     resumed = [
-        e
-        for e in serving.get(f"/jobs/{job_id}/events")["items"]
-        if e["data"].get("steps_repeated") is not None
+        e for e in serving.get(f"/jobs/{job_id}/events")["items"] if "steps_repeated" in (e["data"] or {})
     ]
     assert [e["data"]["step"] % 100 for e in resumed] == [0]
     assert resumed[0]["data"]["step"] > 0
@@ -114,7 +112,9 @@ def test_a_drained_worker_gives_its_job_back_uncharged(serving: Cluster) -> None
     assert (ended["state"], ended["attempt"], ended["worker"]) == ("succeeded", 1, "second")
     assert serving.columns(job_id, "step")["step"] == list(range(1, 1_501))
     resumed = [
-        e["data"] for e in serving.get(f"/jobs/{job_id}/events")["items"] if "steps_repeated" in e["data"]
+        e["data"]
+        for e in serving.get(f"/jobs/{job_id}/events")["items"]
+        if "steps_repeated" in (e["data"] or {})
     ]
     assert resumed == [{"step": reached, "steps_repeated": 0}]
 
@@ -154,6 +154,7 @@ def test_a_scale_far_too_high_shows_its_overflows_and_then_trains(serving: Clust
                 "initial_scale": 2.0**40,
                 "max_scale": 2.0**40,
             },
+            "optimizer": {"name": "adamw", "params": {"lr": 0.01}},
             "training": {"max_steps": 80, "batch_size": 64},
         }
     )
