@@ -1,0 +1,109 @@
+"""The dispatcher's round: what it sends again, takes back and fails, over the real store."""
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from service import dispatch
+from service.contract.spec import JobSpec
+from service.errors import StaleFence
+from service.settings import Settings
+from service.store import jobs
+from service.store.database import Database
+from service.store.tables import jobs as job_rows
+from service.store.workers import Capability
+
+CPU = Capability(
+    device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path, no_worker_seconds=1000)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    ids: list[str] = []
+    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, job_id: ids.append(job_id) or True)
+    return ids
+
+
+def submit(database: Database, **fields: object) -> str:
+    document = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}, **fields}
+    spec = JobSpec.model_validate(document)
+    return database.retry(lambda s: jobs.submit(s, tenant="default", spec=spec))[0].id
+
+
+def age(database: Database, seconds: float, *columns: str) -> None:
+    """Let every job's clock columns lie so far in the past."""
+    values = {name: job_rows.c[name] - seconds for name in columns}
+    database.retry(lambda s: s.execute(update(job_rows).values(**values)))
+
+
+def state(database: Database, job_id: str) -> tuple[str, int]:
+    with database.read() as session:
+        job = jobs.get(session, job_id, tenant=None)
+    return str(job.state), job.attempt
+
+
+def test_a_job_that_nobody_claimed_is_sent_again_and_not_at_once(
+    settings: Settings, database: Database, sent: list[str]
+) -> None:
+    job_id = submit(database)
+    dispatch.one_round(settings, database)
+    assert sent == []  # its first message may still be under way
+    age(database, 5, "queued_at", "publish_due")
+    dispatch.one_round(settings, database)
+    dispatch.one_round(settings, database)
+    assert sent == [job_id]
+    age(database, 5, "publish_due")
+    dispatch.one_round(settings, database)
+    assert sent == [job_id, job_id]
+
+
+def test_a_broker_that_is_down_costs_one_try_a_round_and_no_job(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, job_id: bool(tried.append(job_id)))
+    ids = [submit(database), submit(database)]
+    age(database, 5, "queued_at", "publish_due")
+    dispatch.one_round(settings, database)
+    assert tried == ids[:1]
+    dispatch.one_round(settings, database)
+    assert tried == ids[:1] * 2  # still due: a failed sending is not counted as one
+
+
+def test_an_expired_lease_goes_back_and_the_old_holder_is_refused(
+    settings: Settings, database: Database, sent: list[str]
+) -> None:
+    job_id = submit(database)
+    claimed = database.retry(lambda s: jobs.claim(s, worker_id="w", capability=CPU, lease_seconds=60))
+    assert claimed is not None
+    dispatch.one_round(settings, database)
+    assert state(database, job_id) == ("starting", 1)
+    age(database, 120, "lease_until")
+    dispatch.one_round(settings, database)
+    assert state(database, job_id) == ("queued", 2)
+    with pytest.raises(StaleFence):
+        database.retry(lambda s: jobs.mark_running(s, job_id, claimed.fence))
+
+
+def test_what_no_worker_can_run_fails_with_the_remedy(
+    settings: Settings, database: Database, sent: list[str]
+) -> None:
+    job_id = submit(database, resources={"device": "cuda"})
+    age(database, 500, "queued_at")
+    dispatch.one_round(settings, database)
+    assert state(database, job_id)[0] == "queued"
+    age(database, 1000, "queued_at")
+    dispatch.one_round(settings, database)
+    with database.read() as session:
+        job = jobs.get(session, job_id, tenant=None)
+    assert job.state == "failed"
+    assert job.status_reason is not None
+    assert job.status_reason["code"] == "no_capable_worker"
+    assert "cuda" in job.status_reason["message"]

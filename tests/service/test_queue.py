@@ -1,0 +1,68 @@
+"""Sending a wake-up: half a second at most, whatever the broker does, and the job is none the worse."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from service.queue import QUEUE, broker_reachable, enqueue
+from service.settings import Settings
+from tests.e2e.conftest import redis_url  # noqa: F401 - a fixture
+
+LIMIT_SECONDS = 3.0  # half a second by design; the rest is a loaded machine's
+
+
+def timed(settings: Settings, job_id: str) -> tuple[bool, float]:
+    began = time.monotonic()
+    return enqueue(settings, job_id), time.monotonic() - began
+
+
+@pytest.fixture
+def black_hole() -> Iterator[str]:
+    """A broker that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+@pytest.mark.redis
+def test_a_message_carries_the_job_id_and_nothing_else(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
+    settings = Settings(data_dir=tmp_path, broker_url=redis_url)
+    assert broker_reachable(settings)
+    assert enqueue(settings, "0195-job")
+    client = redis.Redis.from_url(redis_url)
+    try:
+        [message] = client.lrange(QUEUE, 0, -1)
+    finally:
+        client.close()
+    assert b"halfstep.run_job" in message
+    assert b"pickle" not in message
+
+
+def test_a_refusing_broker_is_told_at_once_and_then_left_alone(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")
+    sent, seconds = timed(settings, "a")
+    assert not sent
+    assert seconds < LIMIT_SECONDS
+    sent, seconds = timed(settings, "b")
+    assert not sent
+    assert seconds < 0.05
+    assert not broker_reachable(settings)
+
+
+def test_a_black_hole_costs_half_a_second(tmp_path: Path, black_hole: str) -> None:
+    settings = Settings(data_dir=tmp_path, broker_url=black_hole)
+    sent, seconds = timed(settings, "a")
+    assert not sent
+    assert seconds < LIMIT_SECONDS
+    assert not broker_reachable(settings)
+
+
+def test_an_embedded_broker_that_is_not_there(tmp_path: Path) -> None:
+    sent, seconds = timed(Settings(data_dir=tmp_path), "a")
+    assert not sent
+    assert seconds < LIMIT_SECONDS
