@@ -113,6 +113,7 @@ class ParameterOrder:
         self._ranks = [ranks.get(id(parameter), -1) for parameter in parameters]
         self._parameters = parameters
         self._layers = [name.rpartition(".")[0] or name for name in names.values()]
+        self._clean = torch.full((), -1.0, dtype=torch.float32, device=parameters[0].device)
         self._of_present: dict[tuple[int, ...], Tensor] = {}
 
     def deepest_non_finite(self, norms: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class ParameterOrder:
         if ranks is None:
             ranks = torch.tensor(present, dtype=torch.float32, device=norms.device)
             self._of_present = {present: ranks}
-        return torch.where(torch.isfinite(norms), -1.0, ranks).max()
+        return torch.where(torch.isfinite(norms), self._clean, ranks).max()
 
     def layer(self, rank: int) -> str | None:
         """The module that owns the parameter of that rank; None below 0."""

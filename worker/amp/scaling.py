@@ -19,7 +19,6 @@ EARLY_GROWTH_ROOM = 2.0**14
 """The largest scaled gradient norm that an early growth may lead to: FP16 ends at 2^16."""
 
 _LONGEST_WAIT = 2**53
-_GOOD, _HYSTERESIS, _SINCE_GROWTH, _REFUTED, _UNDERFLOWED = range(5)
 
 
 class LossScale:
@@ -46,6 +45,7 @@ class LossScale:
         self._good, self._hysteresis, self._since_growth, self._refuted, self._underflowed = (
             self._counters.unbind()
         )
+        self._full_hysteresis = torch.full((), float(config.hysteresis), dtype=torch.float64, device=device)
         self._never = torch.zeros((), dtype=torch.bool, device=device)
         self.active = False
         self.switch(active=active)
@@ -83,10 +83,10 @@ class LossScale:
         refuted = self._refuted > 0
         hysteresis = self._hysteresis - overflow.double()
         back = overflow & (hysteresis <= 0)
-        good = torch.where(found, 0.0, self._good + 1.0)
+        good = (self._good + 1.0) * ~found
         wait = config.scale_window + self._refuted * (self._refuted_wait - config.scale_window)
         up = good >= wait
-        underflowed = torch.where(underflow, self._underflowed + 1.0, 0.0)
+        underflowed = (self._underflowed + 1.0) * underflow
         grown = scale * config.scale_factor
         early = self._never
         if config.underflow_handling:
@@ -103,8 +103,8 @@ class LossScale:
         torch.stack(
             (
                 good * counting,
-                torch.where(back | grew, float(config.hysteresis), hysteresis),
-                torch.where(grew, 0.0, since_growth),
+                torch.where(back | grew, self._full_hysteresis, hysteresis),
+                since_growth * ~grew,
                 refuted.double(),
                 underflowed * counting,
             ),

@@ -181,7 +181,10 @@ class _RateTable:
         columns = ahead if ahead is not None else [[g["lr"] for g in self._optimizer.param_groups]]
         self._start_rates = columns[0]
         columns = columns + [columns[-1]] * (TABLE_STEPS + 1 - len(columns))
-        self._rates.copy_(torch.tensor(columns, dtype=torch.float64).T)
+        table = torch.tensor(columns, dtype=torch.float64).T.to(self._rates.dtype).contiguous()
+        if self._rates.is_cuda:
+            table = table.pin_memory()  # a copy from pageable memory would make the host wait
+        self._rates.copy_(table, non_blocking=True)
         self._place.zero_()
         self._host_rates = deque(column[0] for column in columns[: self._steps_ahead + 1])
         self._pick()
