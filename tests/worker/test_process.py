@@ -99,8 +99,12 @@ def test_a_process_that_cannot_start_says_why() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-@pytest.mark.parametrize("ready", [False, True], ids=["while torch is imported", "ready"])
-def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool) -> None:
+@pytest.mark.parametrize(
+    ("ready", "hung"),
+    [(False, False), (True, False), (True, True)],
+    ids=["while torch is imported", "ready", "hung"],
+)
+def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool, hung: bool) -> None:
     parent = subprocess.Popen(
         [
             sys.executable,
@@ -116,6 +120,8 @@ def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool) -> Non
         with parent.stdout:
             pid = int(parent.stdout.readline())
         assert alive(pid)
+        if hung:  # it cannot notice the end of its orders: the kernel must end it
+            os.kill(pid, signal.SIGSTOP)
     finally:
         parent.kill()
         parent.wait()
