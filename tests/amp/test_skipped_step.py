@@ -57,12 +57,14 @@ def test_nothing_moves(
     batches = make_batches(good_steps_before + 2)
     run.run(batches[:good_steps_before])
     before = frozen_copy(run)
-    bad = run.run([poisoned(batches[-2], value)])[-1]
-    assert_identical(frozen_copy(run), before)
+    # Twice: the first skipped step of a run is repeated to see what was wrong, the second is not.
+    for _ in range(2):
+        bad = run.run([poisoned(batches[-2], value)])[-1]
+        assert_identical(frozen_copy(run), before)
     assert bad.skipped
     assert bad.nan
     assert not bad.overflow
-    assert bad.step == good_steps_before + 1
+    assert bad.step == good_steps_before + 2
     good = run.run([batches[-1]])[-1]
     assert not good.skipped
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
@@ -277,3 +279,35 @@ def test_fused_sgd_on_a_cpu_is_not_fused_for_low_precision_weights() -> None:
     before = model.weight.detach().clone()
     run.trainer.train_step(torch.ones(2, 64, dtype=torch.bfloat16), torch.zeros(1))
     assert (model.weight != before).all(), "whole SIMD blocks were left as they were"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_infinite_loss_with_finite_gradients_is_skipped(fused: bool) -> None:
+    model = nn.Linear(12, 4)
+    run = Recorded(
+        MixedPrecisionConfig(precision_level="fp16"),
+        model,
+        torch.optim.AdamW(model.parameters(), fused=fused),
+        criterion=lambda output, target: output.float().mean() + float("inf"),
+    )
+    before = frozen_copy(run)
+    row = run.run(make_batches(1))[0]
+    assert (row.skipped, row.nan, row.overflow, row.has_inf, row.has_nan) == (True, True, False, True, False)
+    assert_identical(frozen_copy(run), before)
+
+
+def test_a_gradient_that_overflows_as_it_is_unscaled_is_skipped() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1e-5)
+    config = MixedPrecisionConfig(**UNCAST, initial_scale=2.0**-30, min_scale=2.0**-30)
+    run = Recorded(
+        config,
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        criterion=lambda output, target: output.sum() * 1e9,
+    )
+    # The gradient is 1e39, beyond FP32; scaled by 2^-30 it is not.
+    row = run.run([(torch.full((1, 1), 1e30), torch.zeros(1))])[0]
+    assert row.skipped
+    assert model.weight.item() == pytest.approx(1e-5)

@@ -155,8 +155,7 @@ class TrainingStep:
         try:
             if group.seen == 0:
                 self._clock.start()
-                self._optimizer.zero_grad(set_to_none=True)
-                self._policy.release_gradients()
+                self._release_gradients()
                 if self._config.enabled:
                     self._buffers.snapshot()
                     if self._is_watched():
@@ -266,7 +265,7 @@ class TrainingStep:
         gradients = self._gradients()
         loss = cast("Tensor", group.loss_sum)
         loss = (loss / group.seen if group.seen > 1 else loss).float()
-        grad_bad, norms, grad_norm = self._unscale_and_measure(gradients, group)
+        grad_bad, norms, grad_norm = self._unscale_and_measure(gradients, loss, group)
         loss_bad = ~torch.isfinite(loss)
         found = grad_bad | loss_bad
         if config.max_grad_norm is not None:
@@ -279,8 +278,7 @@ class TrainingStep:
         figures, flags = self._outcome(loss, grad_bad, loss_bad, found, norms, grad_norm, gradients)
         rows = self._ring.write(figures, flags)
         if config.memory_efficiency:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._policy.release_gradients()
+            self._release_gradients()
         step_time_ms = self._clock.finish(samples=group.samples, host_syncs=host_syncs)
         attribution = self._trace(group, figures.scale) if skipped else None
         self._group = None
@@ -313,7 +311,10 @@ class TrainingStep:
             )
         return gradients
 
-    def _unscale_and_measure(self, gradients: list[Tensor], group: _Group) -> tuple[Tensor, Tensor, Tensor]:
+    def _unscale_and_measure(
+        self, gradients: list[Tensor], loss: Tensor, group: _Group
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether a gradient is not finite; the norm of each, and the loss behind them; the norm of all."""
         inverse = self.loss_scale.inverse
         if group.seen != group.size:
             # A streamed step that ended early: each backward pass was divided by the announced size.
@@ -322,8 +323,8 @@ class TrainingStep:
         self._kernels.check_and_unscale(gradients, found, inverse)
         if self._may_overflow_unscaling:
             self._kernels.check_and_unscale(gradients, found, self._one)
-        norms = torch.stack(list(self._kernels.norms(gradients)))
-        return found > 0, norms, torch.linalg.vector_norm(norms)
+        norms = torch.stack([*self._kernels.norms(gradients), loss])
+        return found > 0, norms, torch.linalg.vector_norm(norms[:-1])
 
     def _apply(self, found: Tensor) -> tuple[int, bool]:
         """Update the weights where the step was good.
@@ -349,6 +350,11 @@ class TrainingStep:
         else:
             self._buffers.restore()
         return host_syncs, not applied
+
+    def _release_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._policy.release_gradients()
 
     def _is_watched(self) -> bool:
         """Whether a skipped step could be repeated: always on a CPU, on a GPU soon after an incident."""
@@ -408,8 +414,8 @@ class TrainingStep:
             nan=found & ~overflow,
             underflow=underflow,
             skipped=found if enabled else self._false,
-            has_inf=found & (torch.isinf(norms).any() | torch.isinf(loss)),
-            has_nan=torch.isnan(norms).any() | torch.isnan(loss),
+            has_inf=found & torch.isinf(norms).any(),
+            has_nan=torch.isnan(norms).any(),
             grad_bad=grad_bad,
             range_exhausted=range_exhausted,
         )
@@ -419,7 +425,7 @@ class TrainingStep:
             underflow_estimate=estimate.float(),
             grad_norm=grad_norm.float(),
             next_scale=self.loss_scale.scale,
-            suspect=self._order.deepest_non_finite(norms),
+            suspect=self._order.deepest_non_finite(norms[:-1]),
         )
         return figures, flags
 
@@ -478,8 +484,7 @@ class TrainingStep:
         # The caller's exception ends this step as if it had not begun: a retry sees the same buffers and
         # gradients.
         self._group = None
-        self._optimizer.zero_grad(set_to_none=True)
-        self._policy.release_gradients()
+        self._release_gradients()
         if self._config.enabled and group.seen < group.size:
             self._buffers.restore()
 
