@@ -57,6 +57,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam-foreach": lambda p: torch.optim.Adam(p, lr=1e-2, foreach=True),
     "adam-fused": lambda p: torch.optim.Adam(p, lr=1e-2, fused=True, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True),
     "sgd-momentum-foreach": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, foreach=True),
@@ -64,6 +65,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-1, fused=True),
     "sgd-dampened-fused": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, dampening=0.5, fused=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-1),
+    "adagrad-foreach": lambda p: torch.optim.Adagrad(p, lr=1e-1, foreach=True),
     "adagrad-fused": lambda p: torch.optim.Adagrad(p, lr=1e-1, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
 }

@@ -1,5 +1,6 @@
 """Learning rates picked on the device are those of the scheduler, to the bit, and no step is waited for."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -84,3 +85,33 @@ def test_a_scheduler_that_ends_tells_so_when_it_is_stepped_there() -> None:
     run.run(make_batches(30))
     with pytest.raises(ValueError, match="total steps"):
         run.trainer.state_dict()
+
+
+@pytest.mark.parametrize(("scheduler", "optimizer"), [*PAIRS, ("multistep", "adamw"), ("sequential", "adam")])
+def test_a_resumed_run_picks_the_same_rates(scheduler: str, optimizer: str) -> None:
+    def start() -> Recorded:
+        model = make_mlp()
+        made = OPTIMIZERS[optimizer](model.parameters())
+        return Recorded(
+            MixedPrecisionConfig(precision_level="bf16"),
+            model,
+            made,
+            scheduler=SCHEDULERS[scheduler](made),
+            scheduler_interval="step",
+        )
+
+    batches = make_batches(40)
+    straight = start()
+    expected = [row.learning_rate for row in straight.run(batches)]
+    first = start()
+    first.run(batches[:25])
+    file = io.BytesIO()
+    torch.save(first.trainer.state_dict(), file)
+    first.run(batches[25:])
+    assert [row.learning_rate for row in first.rows] == expected, "saving does not disturb"
+    file.seek(0)
+    second = start()
+    second.trainer.load_state_dict(torch.load(file, weights_only=True))
+    assert [row.learning_rate for row in second.run(batches[25:])] == expected[25:]
+    for mine, theirs in zip(second.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

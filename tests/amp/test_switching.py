@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.amp.runs import Batch, Recorded, make_batches, make_mlp
 from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import TooManySkips
+from worker.amp.errors import NonFiniteLoss, TooManySkips
 from worker.amp.memory import MemoryMonitor
 
 
@@ -162,7 +162,7 @@ def test_the_dwell_doubles_and_the_fourth_demotion_is_for_good() -> None:
     spoiled = [*lost, *good[:29]]
     for _ in range(40):
         run.run(spoiled if run.rows == [] or types(run)[-32:].count("F") == 0 else good)
-        if len(run.rows) > 500:
+        if len(run.rows) > 750:
             break
     found = [(after, reason) for _, _, after, reason in changes(run)]
     assert found.count(("float32", "nan")) == 4
@@ -180,6 +180,22 @@ def test_demotion_comes_before_too_many_skips() -> None:
     assert changes(run) == [(32, "bfloat16", "float32", "nan")]
     with pytest.raises(TooManySkips):
         run.run(lost)
+
+
+def test_a_new_shape_in_full_precision_does_not_cut_the_dwell_short(peak: list[float]) -> None:
+    peak.append(0.5)
+    run = start(scale_window=60)
+    lost = [bad(batch) for batch in make_batches(3)]
+    run.run([*make_batches(20), *lost, *make_batches(9)])
+    run.run(make_batches(64, size=5))
+    assert types(run) == "FFF" + "B" * 29 + "F" * 64
+    assert [reason for *_, reason in changes(run)] == ["memory", "nan", "dwell"]
+
+
+def test_a_demotion_does_not_hide_a_failure_that_was_asked_for() -> None:
+    run = dynamic(nan_handling=False)
+    with pytest.raises(NonFiniteLoss):
+        run.run([bad(batch) for batch in make_batches(32)])
 
 
 def test_an_exhausted_scale_demotes() -> None:

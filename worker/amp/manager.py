@@ -387,7 +387,7 @@ class MixedPrecisionManager:
         transition = run.policy.decide(step)
         if transition is not None:
             self._change_precision(transition)
-            if transition.origin != transition.target:
+            if transition.cures:
                 self._supervisor.forgive()
         self._supervisor.raise_failure()
 

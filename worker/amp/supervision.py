@@ -99,7 +99,8 @@ class Supervisor:
 
     def forgive(self) -> None:
         """Forget the current run of skips: a policy has changed the precision to cure it."""
-        self._failure = None
+        if isinstance(self._failure, TooManySkips):
+            self._failure = None
         self.consecutive_skips = 0
 
     def state_dict(self) -> dict[str, Any]:

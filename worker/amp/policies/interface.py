@@ -29,6 +29,11 @@ class Transition:
     reason: str
     figures: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def cures(self) -> bool:
+        """Skipped steps are the reason for it."""
+        return self.reason in {"nan", "scale_exhausted", "overflow_share"}
+
 
 class PrecisionPolicy:
     """Full precision: nothing is cast, nothing is scaled.
