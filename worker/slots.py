@@ -94,5 +94,8 @@ def build_slots(settings: Settings, spawner: Spawner) -> list[Slot]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # By default threads spin while they wait for each other. Beside anything else that runs on the
+        # machine, the API or a second job, that makes steps several times slower.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     return [Slot(index, "cpu", environment, spawner) for index in range(settings.worker_slots)]
