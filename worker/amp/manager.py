@@ -90,6 +90,8 @@ class MixedPrecisionManager:
             target = torch.device("cuda", torch.cuda.current_device())
         resolved = resolve(self.config, capability_of(target))
         model.to(target)
+        if isinstance(criterion, nn.Module):
+            criterion.to(target)
         notices = _check_weights(model) if self.config.enabled else []
         schedule = Schedule(optimizer, scheduler, scheduler_interval)
         if self.config.activation_checkpointing and not recompute_blocks(model):
