@@ -258,3 +258,29 @@ def test_a_forward_pass_that_raises_leaves_no_region_open(level: str) -> None:
     with pytest.raises(RuntimeError):
         run.trainer.train_step(*make_batches(1)[0])
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "manual", "precision_level": "fp16"},
+        {"mode": "selective", "precision_level": "bf16", "selective_layers": ["first"]},
+        {"precision_level": "bf16", "fp32_layers": ["second"]},
+        {"mode": "adaptive", "precision_level": "bf16", "fp32_layers": ["second"]},
+    ],
+    ids=["manual", "selective", "automatic", "adaptive"],
+)
+def test_setting_up_again_starts_from_the_trained_fp32_model(fields: dict[str, Any]) -> None:
+    run, _ = start(**fields)
+    run.run(make_batches(5))
+    trained = {name: value.clone() for name, value in run.trainer.state_dict()["model"].items()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in run.model.modules())
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-2)
+    run.trainer.setup_training(run.model, optimizer, nn.CrossEntropyLoss())
+    again = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in run.model.modules())
+    assert again == hooks
+    for name, value in run.trainer.state_dict()["model"].items():
+        assert value.dtype is F32
+        assert torch.equal(value, trained[name]), name
+    run.rows.clear()
+    assert [row.step for row in run.run(make_batches(3))] == [1, 2, 3]

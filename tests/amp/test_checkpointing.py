@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.amp.runs import Recorded, make_batches, make_mlp
 from worker.amp import MixedPrecisionConfig
+from worker.amp.checkpointing import recompute_blocks
 
 
 class Block(nn.Module):
@@ -104,3 +105,13 @@ def test_a_model_without_blocks_is_told_so() -> None:
         MixedPrecisionConfig(activation_checkpointing=True), model, torch.optim.AdamW(model.parameters())
     )
     assert any("nothing is recomputed" in event.message for event in run.events)
+
+
+def test_blocks_are_found_in_containers_and_not_inside_each_other() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 16),
+        nn.Sequential(Block(), nn.Sequential(Block(), Block())),
+        nn.ModuleDict({"a": Block(), "b": nn.Linear(4, 4)}),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    )
+    assert recompute_blocks(model) == ("1.0", "1.1.0", "1.1.1", "2.a", "3")

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 def recompute_blocks(model: nn.Module) -> tuple[str, ...]:
     """Make every block of `model` recompute its activations; returns the blocks' names.
 
-    A block is a module with submodules and parameters, at the top of the model or in its ModuleLists and
-    ModuleDicts. Inside a block nothing is changed.
+    A block is a module with submodules and parameters, at the top of the model or in its containers
+    (ModuleList, ModuleDict, and a Sequential that holds blocks). Inside a block nothing is changed.
     """
     names = []
     for name, block in _blocks(model, ""):
@@ -28,10 +28,16 @@ def recompute_blocks(model: nn.Module) -> tuple[str, ...]:
 def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (
+            isinstance(child, nn.Sequential) and any(map(_is_block, child.children()))
+        ):
             yield from _blocks(child, path)
-        elif next(child.children(), None) is not None and next(child.parameters(), None) is not None:
+        elif _is_block(child):
             yield path, child
+
+
+def _is_block(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None and next(module.parameters(), None) is not None
 
 
 def _recomputing_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

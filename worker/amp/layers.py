@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from worker.amp.errors import SetupError
 
@@ -68,14 +69,21 @@ class BorderCast:
         self._cast_inputs = cast_inputs
         self._cast_outputs = cast_outputs
         self._open: list[AbstractContextManager[object]] = []
+        self._handles: list[RemovableHandle] = []
         self.enabled = True
 
     def attach(self, module: nn.Module) -> None:
         """Act on every later call of `module`."""
-        module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         # Prepended: of two borders around one module the inner one is left first. Always called: a region
         # left open by an exception would outlive the step.
-        module.register_forward_hook(self._leave, prepend=True, always_call=True)
+        self._handles.append(module.register_forward_hook(self._leave, prepend=True, always_call=True))
+
+    def detach(self) -> None:
+        """Leave every module as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _enter(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

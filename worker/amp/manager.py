@@ -89,6 +89,10 @@ class MixedPrecisionManager:
         if target == torch.device("cuda"):
             target = torch.device("cuda", torch.cuda.current_device())
         resolved = resolve(self.config, capability_of(target))
+        if self._prepared is not None:
+            self.flush()
+            self._prepared.policy.detach()
+            self._prepared = None
         model.to(target)
         if isinstance(criterion, nn.Module):
             criterion.to(target)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from worker.amp.policies.interface import PrecisionPolicy
-from worker.amp.policies.islands import keep_in_fp32
+from worker.amp.policies.islands import Fp32Islands
 
 
 class AutomaticPolicy(PrecisionPolicy):
@@ -18,15 +18,18 @@ class AutomaticPolicy(PrecisionPolicy):
         self, device_type: str, dtype: torch.dtype, *, scales: bool, fp32_layers: tuple[str, ...] = ()
     ) -> None:
         self._device_type = device_type
-        self._fp32_layers = fp32_layers
-        self._notices: tuple[str, ...] = ()
+        self._islands = Fp32Islands(device_type, fp32_layers)
         self.compute_dtype = dtype
         self.scales = scales
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Keep fp32_layers out of autocast."""
         del optimizer
-        self._notices = keep_in_fp32(model, self._fp32_layers, self._device_type).notices
+        self._islands.attach(model)
+
+    def detach(self) -> None:
+        """Take the borders away again."""
+        self._islands.detach()
 
     def region(self) -> AbstractContextManager[object]:
         """A region of its own each time: autocast forgets its cast weights when it ends."""
@@ -34,4 +37,4 @@ class AutomaticPolicy(PrecisionPolicy):
 
     def notices(self) -> Iterable[str]:
         """Patterns that mean no layer."""
-        return self._notices
+        return self._islands.notices

@@ -49,6 +49,9 @@ class PrecisionPolicy:
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Prepare the model and the optimizer, once, before the first step."""
 
+    def detach(self) -> None:
+        """Give the model back as `attach` found it, its weights as trained; no step follows."""
+
     def optimized(self, parameter: nn.Parameter) -> nn.Parameter:
         """The parameter that the optimizer updates in place of a model's parameter."""
         return parameter

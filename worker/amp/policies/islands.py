@@ -6,17 +6,32 @@ import torch
 from torch import nn
 
 from worker.amp.batches import cast_floating
-from worker.amp.layers import BorderCast, LayerMatch, match_layers
+from worker.amp.layers import BorderCast, match_layers
 
 
-def keep_in_fp32(model: nn.Module, patterns: tuple[str, ...], device_type: str) -> LayerMatch:
-    """Run the layers that fp32_layers means without autocast, their floating inputs in FP32."""
-    match = match_layers(model, patterns, field="fp32_layers")
-    border = BorderCast(
-        region=partial(torch.autocast, device_type, enabled=False),
-        cast_inputs=partial(cast_floating, dtype=torch.float32),
-        cast_outputs=None,
-    )
-    for module in match.modules.values():
-        border.attach(module)
-    return match
+class Fp32Islands:
+    """The layers that fp32_layers means: run without autocast, their floating inputs in FP32.
+
+    Attributes:
+        notices: a sentence for each pattern that means no layer.
+    """
+
+    def __init__(self, device_type: str, patterns: tuple[str, ...]) -> None:
+        self._patterns = patterns
+        self._border = BorderCast(
+            region=partial(torch.autocast, device_type, enabled=False),
+            cast_inputs=partial(cast_floating, dtype=torch.float32),
+            cast_outputs=None,
+        )
+        self.notices: tuple[str, ...] = ()
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the layers in `model` and put a border around each."""
+        match = match_layers(model, self._patterns, field="fp32_layers")
+        for module in match.modules.values():
+            self._border.attach(module)
+        self.notices = match.notices
+
+    def detach(self) -> None:
+        """Leave the layers as they were found."""
+        self._border.detach()

@@ -68,6 +68,16 @@ class ManualPolicy(PrecisionPolicy):
                 self._lower(prefix, module)
         _repoint(optimizer, self._masters)
 
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Give the model its FP32 weights and buffers back; the optimizer keeps the masters."""
+        self._border.detach()
+        for low, master in self._masters.items():
+            low.data = master.detach().clone()
+            low.grad = None
+        for module, name, _ in self._lowered_buffers:
+            setattr(module, name, getattr(module, name).float())
+
     def optimized(self, parameter: nn.Parameter) -> nn.Parameter:
         """The FP32 master of a lowered parameter; a parameter kept in FP32 is its own."""
         return self._masters.get(parameter, parameter)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from worker.amp.batches import cast_floating
 from worker.amp.layers import BorderCast, match_layers
 from worker.amp.policies.interface import PrecisionPolicy
-from worker.amp.policies.islands import keep_in_fp32
+from worker.amp.policies.islands import Fp32Islands
 
 
 class SelectivePolicy(PrecisionPolicy):
@@ -29,7 +29,7 @@ class SelectivePolicy(PrecisionPolicy):
     ) -> None:
         self._device_type = device_type
         self._selective_layers = selective_layers
-        self._fp32_layers = fp32_layers
+        self._islands = Fp32Islands(device_type, fp32_layers)
         self._borders: dict[str, BorderCast] = {}
         self._notices: tuple[str, ...] = ()
         self.compute_dtype = dtype
@@ -51,8 +51,14 @@ class SelectivePolicy(PrecisionPolicy):
             )
             border.attach(module)
             self._borders[name] = border
-        kept = keep_in_fp32(model, self._fp32_layers, self._device_type)
-        self._notices = (*selected.notices, *kept.notices)
+        self._islands.attach(model)
+        self._notices = (*selected.notices, *self._islands.notices)
+
+    def detach(self) -> None:
+        """Take the borders away again."""
+        self._islands.detach()
+        for border in self._borders.values():
+            border.detach()
 
     @property
     def lowered(self) -> tuple[str, ...]:

@@ -61,6 +61,10 @@ class SwitchingPolicy(PrecisionPolicy):
         self._low.attach(model, optimizer)
         self._switch(in_low=self._in_low)
 
+    def detach(self) -> None:
+        """As the low policy's."""
+        self._low.detach()
+
     def region(self) -> AbstractContextManager[object]:
         """The low policy's region while it is on."""
         return self._low.region() if self._in_low else nullcontext()
