@@ -96,7 +96,7 @@ def test_repeating_a_step_leaves_no_trace() -> None:
     def run_once(*, trace: bool) -> tuple[Recorded, torch.Tensor]:
         run = start(precision_level="bf16")
         if not trace:
-            run.trainer.mixed_precision_manager._run.step._traces = 10**9
+            run.trainer.mixed_precision_manager._run.step._probe._repetitions = 10**9
         batches = make_batches(12)
         batches[5][0][0, 0] = float("nan")
         torch.manual_seed(3)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
+from worker.amp.admission import check_weights, device_of
 from worker.amp.batches import to_device
 from worker.amp.capability import capability_of
 from worker.amp.checkpointing import recompute_blocks
@@ -85,7 +86,7 @@ class MixedPrecisionManager:
         """Prepare a model and its optimizer; see `MixedPrecisionTrainer.setup_training`."""
         if gradient_accumulation_steps < 1:
             raise SetupError(f"gradient_accumulation_steps: at least 1, not {gradient_accumulation_steps}")
-        target = torch.device(device) if device is not None else _device_of(model)
+        target = torch.device(device) if device is not None else device_of(model)
         if target == torch.device("cuda"):
             target = torch.device("cuda", torch.cuda.current_device())
         resolved = resolve(self.config, capability_of(target))
@@ -96,7 +97,7 @@ class MixedPrecisionManager:
         model.to(target)
         if isinstance(criterion, nn.Module):
             criterion.to(target)
-        notices = _check_weights(model) if self.config.enabled else []
+        notices = check_weights(model) if self.config.enabled else []
         schedule = Schedule(optimizer, scheduler, scheduler_interval)
         if self.config.activation_checkpointing and not recompute_blocks(model):
             notices.append(
@@ -456,31 +457,3 @@ class MixedPrecisionManager:
             self.on_event(event)
         level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.level]
         self.logger.log(level, "%s", event.message)
-
-
-def _check_weights(model: nn.Module) -> list[str]:
-    """Weights that an optimizer could not train in the type that they are in."""
-    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    for name, dtype in trained.items():
-        if dtype == torch.float16:
-            raise SetupError(
-                f"model: '{name}' is in float16, whose gradients cannot be unscaled and whose small updates "
-                "are lost; pass the model in float32 (mode 'manual' lowers it and keeps FP32 masters)"
-            )
-    if torch.bfloat16 in trained.values():
-        notice = (
-            "model: weights in bfloat16 without FP32 masters stop moving once updates are below 1/256 of "
-            "them; pass the model in float32 (mode 'manual' lowers it and keeps FP32 masters)"
-        )
-        return [notice]
-    return []
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1:
-        found = ", ".join(sorted(map(str, devices))) or "none"
-        raise SetupError(
-            f"model: its parameters must be on one device, found {found}; move it, or pass `device`"
-        )
-    return devices.pop()

@@ -6,9 +6,8 @@ and `supervision`'s.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
-from worker.amp.attribution import Repeated, Tracer
 from worker.amp.batches import samples_in, shapes_of, to_device
-from worker.amp.errors import Cause, SetupError, StepError
+from worker.amp.errors import SetupError, StepError
 from worker.amp.guard import BufferGuard, RandomStates
+from worker.amp.incidents import IncidentProbe
 from worker.amp.layers import ParameterOrder
 from worker.amp.memory import MemoryMonitor, MemorySample
 from worker.amp.optimizers import GuardedUpdate, parameters_of
 from worker.amp.performance import StepClock
 from worker.amp.policies import PrecisionPolicy
 from worker.amp.private import kernels
+from worker.amp.record import HostPart, StepRecord
 from worker.amp.scaling import LossScale
 from worker.amp.schedule import Schedule
 from worker.amp.telemetry import (
@@ -35,12 +35,7 @@ from worker.amp.telemetry import (
     DeviceFlags,
     FinishedStep,
     StepResult,
-    StepRing,
-    StepRow,
 )
-
-WATCHED_STEPS = 32
-"""On a GPU: so many steps after the start and after an incident the host waits to know of a skipped step."""
 
 
 @dataclass(slots=True)
@@ -53,18 +48,6 @@ class _Group:
     loss_sum: Tensor | None = None
     micro_batches: list[tuple[Any, Any]] = field(default_factory=list)
     random_states: RandomStates | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _HostPart:
-    """What only the host knows of a step as it ends."""
-
-    learning_rate: float
-    memory: MemorySample
-    step_time_ms: float
-    compute_dtype: ComputeDtype
-    micro_batches: int
-    attribution: Attribution | None
 
 
 class TrainingStep:
@@ -102,22 +85,19 @@ class TrainingStep:
                 f"optimizer: not all of its parameters are on {device}; move the model there first"
             )
         self._order = ParameterOrder(model, self._parameters, policy.optimized)
-        self._tracer = Tracer(model, criterion, policy, self._parameters)
-        self._traces = 0
-        self._watched_until = WATCHED_STEPS
-        self._last_bad_step = -2
         self._update = GuardedUpdate(optimizer, self._kernels)
         if self._update.on_device and config.enabled:
             schedule.follow_on_device(device)
         self._buffers = BufferGuard(model, self._kernels)
-        self._ring = StepRing(device)
+        self._probe = IncidentProbe(
+            model, criterion, policy, self._parameters, buffers=self._buffers, device=device
+        )
+        self._record = StepRecord(device, order=self._order, schedule=schedule, min_scale=config.min_scale)
         self._clock = StepClock(enabled=config.performance_monitoring)
         self._memory = memory
         self.loss_scale = LossScale(config, device, active=policy.scales)
-        self._pending: deque[_HostPart] = deque()
         self._group: _Group | None = None
         self.steps = 0
-        self._read_steps = 0
         self._found = torch.zeros((), dtype=torch.float32, device=device)
         self._skip = torch.zeros((), dtype=torch.float32, device=device)
         # On a CPU the host sees the device's memory: no read to wait for, and none to count.
@@ -158,7 +138,7 @@ class TrainingStep:
                 self._release_gradients()
                 if self._config.enabled:
                     self._buffers.snapshot()
-                    if self._is_watched():
+                    if self._probe.watches(self.steps):
                         group.random_states = RandomStates(self._device)
             loss, output = self._forward_backward(group, data_batch, target_batch)
             scale = self.loss_scale.scale
@@ -196,7 +176,7 @@ class TrainingStep:
 
     def watch_closely(self) -> None:
         """An incident was read: on a GPU, find out at once about the next ones, to repeat the first."""
-        self._watched_until = self.steps + WATCHED_STEPS
+        self._probe.watch_closely(self.steps)
 
     def pause_clock(self) -> None:
         """What follows, until the next micro-batch, is not training time."""
@@ -212,11 +192,7 @@ class TrainingStep:
 
     def read(self) -> list[FinishedStep]:
         """Every finished step not yet read, in order."""
-        finished = []
-        for figures, flags in self._ring.read():
-            self._read_steps += 1
-            finished.append(self._finished_step(self._read_steps, figures, flags, self._pending.popleft()))
-        return finished
+        return self._record.read()
 
     def precision_changed(self) -> bool:
         """The policy has changed: scale anew where scaling begins, stop where it ends; tells if so."""
@@ -235,9 +211,9 @@ class TrainingStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.read()
         self._group = None
-        self.steps = self._read_steps = int(state["steps"])
+        self.steps = int(state["steps"])
+        self._record.restart(self.steps)
         self.loss_scale.load_state_dict(state["loss_scale"])
 
     def _forward_backward(self, group: _Group, data_batch: Any, target_batch: Any) -> tuple[Tensor, Any]:
@@ -276,21 +252,23 @@ class TrainingStep:
         host_syncs, skipped = self._apply(found)
         self._policy.publish_weights()
         figures, flags = self._outcome(loss, grad_bad, loss_bad, found, norms, grad_norm, gradients)
-        rows = self._ring.write(figures, flags)
+        rows = self._record.write(figures, flags)
         if config.memory_efficiency:
             self._release_gradients()
         step_time_ms = self._clock.finish(samples=group.samples, host_syncs=host_syncs)
-        attribution = self._trace(group, figures.scale) if skipped else None
+        attribution = self._look_into(group, figures.scale) if skipped else None
         self._group = None
         self.steps += 1
-        self._pending.append(
-            _HostPart(
+        low_dtype = str(self._policy.compute_dtype).removeprefix("torch.")
+        self._record.write_host(
+            HostPart(
                 learning_rate=learning_rate,
                 memory=self._memory.recent(),
                 step_time_ms=step_time_ms,
-                attribution=attribution,
-                compute_dtype=cast("ComputeDtype", str(self._policy.compute_dtype).removeprefix("torch.")),
+                compute_dtype=cast("ComputeDtype", low_dtype),
                 micro_batches=group.seen,
+                scaled=self.loss_scale.active or low_dtype == "float16",
+                attribution=attribution,
             )
         )
         return rows
@@ -338,7 +316,7 @@ class TrainingStep:
             return 0, False
         host_syncs = int(self._update.reads_host())
         applied = self._update.apply(self._skip)
-        if applied is None and (self._schedule.on_host or self._must_know()):
+        if applied is None and (self._schedule.on_host or self._probe.must_wait(self.steps)):
             applied = not bool(found.item())
             host_syncs += 1
         self._schedule.advance_where(found)
@@ -356,35 +334,12 @@ class TrainingStep:
             parameter.grad = None
         self._policy.release_gradients()
 
-    def _is_watched(self) -> bool:
-        """Whether a skipped step could be repeated: always on a CPU, on a GPU soon after an incident."""
-        return self._skip_seen is not None or self.steps < self._watched_until
-
-    def _must_know(self) -> bool:
-        return self._skip_seen is None and self._is_watched()
-
-    def _trace(self, group: _Group, scale: Tensor) -> Attribution | None:
-        """Repeat the first skipped step of a run of them, to see where it went wrong."""
-        first_of_run = self._last_bad_step != self.steps - 1
-        self._last_bad_step = self.steps
-        if group.random_states is None or not first_of_run or self._traces > 16 + self.steps // 50:
-            return None
-        self._traces += 1
-        now = RandomStates(self._device)
-        step = Repeated(group.micro_batches, scale)
-        try:
-            group.random_states.restore()
-            found = self._tracer.first_non_finite(step)
-            if found is None:
-                return None
-            group.random_states.restore()
-            self._buffers.restore()
-            return replace(found, verdict=self._tracer.in_full_precision(step))
-        finally:
-            now.restore()
-            self._buffers.restore()
-            self._tracer.release()
-            self._clock.pause()
+    def _look_into(self, group: _Group, scale: Tensor) -> Attribution | None:
+        found = self._probe.look_into(
+            self.steps, micro_batches=group.micro_batches, random_states=group.random_states, scale=scale
+        )
+        self._clock.pause()
+        return found
 
     def _outcome(
         self,
@@ -428,57 +383,6 @@ class TrainingStep:
             suspect=self._order.deepest_non_finite(norms[:-1]),
         )
         return figures, flags
-
-    def _finished_step(
-        self, step: int, figures: DeviceFigures, flags: DeviceFlags, host: _HostPart
-    ) -> FinishedStep:
-        rate = self._schedule.saw(applied=not flags.skipped)
-        row = StepRow(
-            step=step,
-            loss=figures.loss,
-            scale=figures.scale,
-            overflow=flags.overflow,
-            nan=flags.nan,
-            underflow=flags.underflow,
-            skipped=flags.skipped,
-            has_inf=flags.has_inf,
-            has_nan=flags.has_nan,
-            underflow_estimate=figures.underflow_estimate,
-            grad_norm=figures.grad_norm,
-            learning_rate=host.learning_rate if rate is None else rate,
-            memory_usage=host.memory.usage,
-            memory_allocated_bytes=host.memory.allocated,
-            memory_reserved_bytes=host.memory.reserved,
-            memory_peak_bytes=host.memory.peak,
-            step_time_ms=host.step_time_ms,
-            compute_dtype=host.compute_dtype,
-        )
-        return FinishedStep(
-            row=row,
-            cause=self._cause(row, grad_bad=flags.grad_bad),
-            attribution=host.attribution or self._from_norms(row, int(figures.suspect)),
-            next_scale=figures.next_scale,
-            micro_batches=host.micro_batches,
-            range_exhausted=flags.range_exhausted,
-        )
-
-    def _from_norms(self, row: StepRow, suspect: int) -> Attribution | None:
-        """What the norms tell without repeating the step: a backward overflow enters at the deepest layer."""
-        if not (row.overflow or row.nan):
-            return None
-        if not math.isfinite(row.loss):
-            return Attribution(layer=None, kind="forward")
-        return Attribution(layer=self._order.layer(suspect), kind="backward")
-
-    def _cause(self, row: StepRow, *, grad_bad: bool) -> Cause | None:
-        if not (row.overflow or row.nan):
-            return None
-        if not math.isfinite(row.loss):
-            return "non_finite_loss"
-        scaled = row.compute_dtype == "float16" or self.loss_scale.active
-        if grad_bad and not row.overflow and scaled and row.scale <= self._config.min_scale:
-            return "scale_exhausted"
-        return "non_finite_gradients"
 
     def _abandon(self, group: _Group) -> None:
         # The caller's exception ends this step as if it had not begun: a retry sees the same buffers and
