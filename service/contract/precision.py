@@ -35,9 +35,7 @@ class PrecisionLevel(StrEnum):
     MIXED = "mixed"
 
 
-SUPPORTED_MODES: frozenset[MixedPrecisionMode] = frozenset(
-    {MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING}
-)
+SUPPORTED_MODES: frozenset[MixedPrecisionMode] = frozenset(MixedPrecisionMode)
 """Modes the engine runs; a service refuses the others when a job is submitted."""
 
 REFUSED_CELLS: dict[tuple[MixedPrecisionMode, PrecisionLevel], str] = {
