@@ -110,9 +110,14 @@ class Reporter:
     def event(self, type: str, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: A002 - the wire's name
         """Something a person should see in the job's events."""
         job, fence, kept = self._job_id, self._fence, dict(data or {})
-        self._put(
-            lambda s: events.append(s, job, type=type, level=level, message=message, data=kept, fence=fence)
-        )
+
+        def write(session: Session) -> None:
+            # What the API warned of when the job was submitted, or an earlier attempt did, is said once.
+            if type == "warning" and message in {e.message for e in events.read(session, job)}:
+                return
+            events.append(session, job, type=type, level=level, message=message, data=kept, fence=fence)
+
+        self._put(write)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """One pass over the held-out split."""

@@ -202,7 +202,11 @@ class Runner:
         except StoreUnavailable as error:
             log.error("the job's end could not be written; it runs again after its lease", error=str(error))
         else:
-            log.info("job ended", state=after.state, step=ending.last_step)
+            log.info(
+                "job ended",
+                state=str(after.state),
+                step=ending.done.step if ending.done else ending.last_step,
+            )
 
 
 def _conclusion(

@@ -48,5 +48,7 @@ class RequestIds:
                 await unexpected_answer(scope["path"])(scope, receive, identified)
             finally:
                 took = round((time.perf_counter() - started) * 1000, 2)
-                line = _log.debug if scope["path"].startswith("/health/") else _log.info
-                line("request", method=scope["method"], path=scope["path"], status=status, took_ms=took)
+                # Clients poll: what only read something, and got it, would drown the rest.
+                quiet = scope["method"] == "GET" and 200 <= status < 400
+                line = _log.debug if quiet else _log.info
+                line("request", method=scope["method"], path=scope["path"], status=int(status), took_ms=took)

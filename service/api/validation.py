@@ -19,6 +19,8 @@ from service.errors import FieldProblem, InvalidRequest
 
 _MOST_PROBLEMS = 50
 _ABSENT = frozenset({"missing", "precision_contradiction"})
+# Bounds of a float come without exponents: 2**-126 with forty digits.
+_UNREADABLE = re.compile(r"\b(0\.0{5}\d+|\d{16,}(\.\d+)?)\b")
 _SUBJECT = re.compile(
     r"^(Value error, |Assertion failed, )?((Input|String|Value|Number|List|Tuple|Dictionary) should )?"
 )
@@ -68,6 +70,7 @@ def _field_problem(
         known = set(_fields_at(JobSpec, path[:-1]))
         return FieldProblem(pointer(*path), f"is no field of this object; {suggestion(str(path[-1]), known)}")
     detail = _SUBJECT.sub(lambda match: "must " if match[2] else "", message, count=1)
+    detail = _UNREADABLE.sub(lambda match: f"{float(match[0]):g}", detail)
     if "[key]" in loc:
         detail = f"its name {detail}"
     return FieldProblem(pointer(*path), detail)

@@ -201,3 +201,15 @@ def test_a_checkpoints_files_go_only_after_its_successor_is_referred_to(
     assert not folders[0].exists()
     with database.read() as session:
         assert [kept.step for kept in jobs.checkpoints(session, job.id)] == [2]
+
+
+def test_a_warning_is_told_once(database: Away, job: jobs.Job) -> None:
+    told = reporter(database, job)
+    for _ in range(2):
+        told.event("warning", "warning", "FP16 on a CPU is slow")
+        told.event("alert", "warning", "a step was slow")
+    told.close()
+    with database.read() as session:
+        messages = [event.message for event in events.read(session, job.id)]
+    assert messages.count("FP16 on a CPU is slow") == 1
+    assert messages.count("a step was slow") == 2
