@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# These tests may be run by make themselves, which would then announce itself as make[1].
+_WITHOUT_MAKE = {
+    name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+}
 
 
 def make(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, **environment}, timeout=120,
+        env={**_WITHOUT_MAKE, **environment}, timeout=120,
     )  # fmt: skip
 
 

@@ -223,9 +223,16 @@ def test_a_killed_supervisor_takes_its_parts_with_it(tmp_path: Path) -> None:
     wait_for("both parts are gone", lambda: not any(alive(pid) for pid in driven.pids()), 10)
 
 
+HANGS_UP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_it_cleanly_and_reach_no_part(tmp_path: Path, number: signal.Signals) -> None:
-    driven = Driven(tmp_path)
+    driven = Driven(tmp_path, sys.executable, "-c", HANGS_UP)  # these tests may run under nohup themselves
     os.killpg(driven.process.pid, number)  # as a terminal does: the whole foreground group
     assert driven.process.wait(timeout=20) == 0
     assert not any(alive(pid) for pid in driven.pids())

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import redis
@@ -16,14 +17,28 @@ LOCAL_SERVER = "redis://127.0.0.1:6379"
 @pytest.fixture
 def postgres_database() -> Iterator[str]:
     """The URL of a migrated PostgreSQL database, dropped afterwards."""
-    with new_postgres_database() as url:
-        migrate(url)
+    with own_postgres() as url:
         yield url
 
 
 @pytest.fixture
 def redis_url() -> Iterator[str]:
     """The URL of a Redis database number that nobody else uses, emptied afterwards."""
+    with own_redis() as url:
+        yield url
+
+
+@contextmanager
+def own_postgres() -> Iterator[str]:
+    """As the fixture; for what lives longer than one test."""
+    with new_postgres_database() as url:
+        migrate(url)
+        yield url
+
+
+@contextmanager
+def own_redis() -> Iterator[str]:
+    """As the fixture; for what lives longer than one test."""
     server = os.environ.get("HALFSTEP_TEST_REDIS_URL") or LOCAL_SERVER
     client = redis.Redis.from_url(server, socket_connect_timeout=2)
     try:
