@@ -167,7 +167,7 @@ def test_a_client_that_leaves_while_sending_leaves_no_trace(start: Start) -> Non
 
 @pytest.mark.usefixtures("database")
 def test_a_client_that_leaves_while_waiting_is_not_waited_for(start: Start) -> None:
-    server = start()
+    server = start(HALFSTEP_LOG_LEVEL="debug")  # each request is a line
     server.until_live()
     path = f"/jobs/{httpx.post(f'{server.url}/jobs', json=SPEC).json()['id']}/stats"
     etag = httpx.get(server.url + path).headers["etag"]
