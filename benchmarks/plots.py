@@ -12,10 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from torch import nn
 
 from service.contract.metrics import LiveStats, StepMetrics
@@ -24,6 +21,13 @@ from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
 from worker.amp.telemetry import StepRow
 from worker.training.errors import NonFinite
 from worker.training.loop import RunConfig, train
+
+try:
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing}: pip install matplotlib") from missing
 
 FOLDER = Path(__file__).parents[1] / "docs" / "plots"
 BLUE, RED, ORANGE, GREY = "#2563a8", "#c22f2f", "#d98200", "#777777"
