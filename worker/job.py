@@ -15,6 +15,7 @@ from service.contract.spec import JobSpec
 from service.contract.states import ReasonCode
 from service.errors import StaleFence
 from service.settings import Settings
+from service.store import events
 from service.store.database import Database
 from worker.protocol import Done, Ready, RunOrder
 from worker.reporting import Reporter
@@ -24,6 +25,8 @@ from worker.training.checkpoint import CheckpointRef
 from worker.training.errors import TrainingFailure
 from worker.training.loop import RunConfig, StopRequest, train
 from worker.training.warmup import take_a_step
+
+MAX_DECISIONS = 10_000  # a run changes its precision a few times at most; each resume tells them again
 
 Asked = Callable[[], Literal["cancel", "pause", "drain"] | None]
 
@@ -52,6 +55,8 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
     spec = JobSpec.model_validate(order.spec)
     database = Database(settings.sql_url)
     reporter = Reporter(database, order.job_id, order.fence, on_progress=on_progress)
+    with database.read() as session:
+        told = events.read(session, order.job_id, type="precision", limit=MAX_DECISIONS)
     config = RunConfig(
         spec=spec,
         device=order.device,
@@ -61,6 +66,7 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
         resume=[
             CheckpointRef(step=c["step"], path=Path(c["path"]), sha256=c["sha256"]) for c in order.checkpoints
         ],
+        decisions=[event.data for event in told if event.data is not None],
         elapsed_seconds=order.elapsed_seconds,
     )
     try:

@@ -118,6 +118,8 @@ class Reporter:
             events.append(session, job, type=type, level=level, message=message, data=kept, fence=fence)
 
         self._put(write)
+        if type == "precision":  # what it tells takes effect next, and a resumed run goes by it
+            self._drain()
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """One pass over the held-out split."""

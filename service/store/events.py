@@ -72,9 +72,16 @@ def append(
     return int(row.last_event)
 
 
-def read(s: Session, job_id: str, *, after: int = 0, limit: int = 100) -> list[Event]:
-    """The events with a seq above `after`, in order, at most `limit`."""
-    rows = s.execute(
+def read(
+    s: Session,
+    job_id: str,
+    *,
+    after: int = 0,
+    limit: int = 100,
+    type: str | None = None,  # noqa: A002  # as above
+) -> list[Event]:
+    """The events with a seq above `after`, in order, at most `limit`; of one type alone where it is given."""
+    query = (
         select(
             job_events.c.seq,
             job_events.c.at,
@@ -87,4 +94,6 @@ def read(s: Session, job_id: str, *, after: int = 0, limit: int = 100) -> list[E
         .order_by(job_events.c.seq)
         .limit(limit)
     )
-    return [Event(*row) for row in rows]
+    if type is not None:
+        query = query.where(job_events.c.type == type)
+    return [Event(*row) for row in s.execute(query)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ class RunConfig:
         fence: the attempt's; part of every checkpoint's path.
         text_roots: directories that datasets may read.
         resume: checkpoints of the job, newest first; empty: from scratch.
+        decisions: data of the `precision` events that earlier attempts told, in order: what they decided by
+            memory is decided alike again.
         elapsed_seconds: training time that earlier attempts spent, for the time limit.
         flush_seconds: between two reports of finished steps.
     """
@@ -55,6 +58,7 @@ class RunConfig:
     fence: int
     text_roots: Sequence[Path] = ()
     resume: Sequence[CheckpointRef] = ()
+    decisions: Sequence[dict[str, Any]] = ()
     elapsed_seconds: float = 0.0
     flush_seconds: float = 0.5
 
@@ -98,7 +102,7 @@ def train(config: RunConfig, observer: Observer, should_stop: Callable[[], StopR
 
 def _attempt(config: RunConfig, observer: Observer, asked: Callable[[], StopRequest | None]) -> Outcome:
     """Train; after a hopeless run of non-finite steps, once more without the batches of that run."""
-    known = list(config.resume)
+    known, decisions = list(config.resume), list(config.decisions)
     excluded: frozenset[Position] = frozenset()
     while True:
         run = Run(
@@ -110,6 +114,7 @@ def _attempt(config: RunConfig, observer: Observer, asked: Callable[[], StopRequ
             text_roots=config.text_roots,
             flush_seconds=config.flush_seconds,
             resume=known,
+            decisions=decisions,
             excluded=excluded,
         )
         try:

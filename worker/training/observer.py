@@ -23,7 +23,7 @@ class Observer(Protocol):
         """Finished steps, contiguous and in order."""
 
     def event(self, type: str, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: A002 - the wire's name
-        """Something a person should see."""
+        """Something a person should see. A `precision` event is durable when this returns."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """One pass over the held-out split."""

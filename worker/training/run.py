@@ -53,6 +53,7 @@ class Run:
         text_roots: Sequence[Path],
         flush_seconds: float,
         resume: Sequence[CheckpointRef],
+        decisions: list[dict[str, Any]],
         excluded: frozenset[Position],
     ) -> None:
         self._spec = spec
@@ -87,6 +88,8 @@ class Run:
         self.checkpoints = list(resume[len(damaged) :])
         if found:
             self._restore(found[1])
+        self._decisions = decisions
+        self._trainer.replay_decisions([decision for decision in decisions if "from" in decision])
         self._announce(resume[: len(damaged)], damaged, state)
         self._recent = RecentSteps()
         self._save_by = self._next_save_time()
@@ -156,9 +159,7 @@ class Run:
             self._recent.add(rows)
             self._observer.steps(rows, self._live())
         for event in events:
-            own = event.type in _OWN_TYPES
-            data = event.data | {"step": event.step, "code": event.type}
-            self._observer.event(event.type if own else "alert", event.level, event.message, data)
+            self._tell(event)
         self._flush_at = time.monotonic() + self._flush_seconds
 
     def _assemble(self, text_roots: Sequence[Path], excluded: frozenset[Position]) -> Assembly:
@@ -239,7 +240,17 @@ class Run:
             )
 
     def _take_event(self, event: EngineEvent) -> None:
-        self._events.append(event)
+        if event.type != "precision":
+            self._events.append(event)
+            return
+        # At once, since it takes effect next: a resumed run must find it, whatever happens to this one.
+        self._tell(event)
+        self._decisions.append(event.data | {"step": event.step})
+
+    def _tell(self, event: EngineEvent) -> None:
+        own = event.type in _OWN_TYPES
+        data = event.data | {"step": event.step, "code": event.type}
+        self._observer.event(event.type if own else "alert", event.level, event.message, data)
 
     def _take_rows(self, rows: Sequence[StepRow]) -> None:
         for row in rows:
