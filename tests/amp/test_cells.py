@@ -206,6 +206,54 @@ def test_a_match_takes_its_whole_subtree() -> None:
     assert seen == {"0.0": B16, "0.2": B16, "0": F32, "1": F32}
 
 
+class Stack(nn.Module):
+    """Layers in a list inside a dict: containers that are never called themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])})
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.parts["blocks"]:
+            x = torch.relu(block(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    ("fields", "blocks", "out"),
+    [
+        ({"mode": "selective", "selective_layers": ["parts"]}, B16, F32),
+        ({"mode": "selective", "selective_layers": ["parts.blocks"]}, B16, F32),
+        ({"mode": "automatic", "fp32_layers": ["parts"]}, F32, B16),
+        ({"mode": "manual", "fp32_layers": ["parts.blocks"]}, F32, B16),
+        ({"mode": "adaptive", "fp32_layers": ["parts"], "memory_efficiency": False}, F32, B16),
+    ],
+    ids=str,
+)
+def test_a_container_that_is_never_called_means_what_it_holds(
+    fields: dict[str, Any], blocks: torch.dtype, out: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    run = Recorded(
+        MixedPrecisionConfig(precision_level="bf16", **fields), model, torch.optim.AdamW(model.parameters())
+    )
+    # A product's type is that of its operands: seen inside the layer, on this side of every border.
+    seen: dict[str, set[torch.dtype]] = {"blocks": set(), "out": set()}
+    linear = nn.functional.linear
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        result = linear(x, weight, bias)
+        seen["out" if weight.shape[0] == 4 else "blocks"].add(result.dtype)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", product)
+        run.run(make_batches(2))
+    assert seen == {"blocks": {blocks}, "out": {out}}
+
+
 def test_the_examples_that_name_layers() -> None:
     class Cnn(nn.Module):
         def __init__(self) -> None:

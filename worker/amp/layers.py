@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +45,20 @@ def match_layers(model: nn.Module, patterns: Sequence[str], *, field: str) -> La
     if patterns and not matched:
         raise SetupError(f"{field}: {_missing(missing, modules)}")
     notices = (f"{field}: {_missing(missing, modules)}",) if missing else ()
-    roots = {
-        name: module
-        for name, module in modules.items()
-        if name in matched and not any(name.startswith(f"{other}.") for other in matched)
-    }
+    roots: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if name in matched and not any(name.startswith(f"{other}.") for other in matched):
+            roots.update(_called(name, module))
     return LayerMatch(roots, notices)
+
+
+def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module, or what it holds where nobody ever calls it: a ModuleList has no border to cast at."""
+    if type(module).forward is not nn.Module.forward:
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _called(f"{name}.{child_name}", child)
 
 
 class BorderCast:
