@@ -101,7 +101,7 @@ def migrate() -> None:
 def openapi() -> None:
     """Print the API's OpenAPI document."""
     # Only this command needs FastAPI in the process; the API itself is a process of its own.
-    from service.api import create_app  # noqa: PLC0415
+    from service.api import create_app  # noqa: PLC0415 - only this command needs it
 
     print(json.dumps(create_app(Settings()).openapi(), indent=2))
 

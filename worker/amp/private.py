@@ -84,7 +84,7 @@ def _check_and_unscale(tensors: list[Tensor], found: Tensor, factor: Tensor) -> 
 
 
 def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors) if tensors else ()  # noqa: SLF001
+    return torch._foreach_norm(tensors) if tensors else ()  # noqa: SLF001 - what this module is for
 
 
 def _multiply(tensors: list[Tensor], factor: Tensor) -> None:
