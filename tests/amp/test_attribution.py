@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.amp.runs import Recorded, make_batches
 from worker.amp import MixedPrecisionConfig
+from worker.amp.attribution import Tracer
 
 MODES: dict[str, dict[str, Any]] = {
     "automatic-fp16": {"precision_level": "fp16"},
@@ -116,6 +117,48 @@ def test_repeating_a_step_leaves_no_trace() -> None:
     assert event.data["verdict"] == "data_or_model"
     (event,) = [event for event in untraced.events if event.type == "nan"]
     assert event.data["layer"] is None
+
+
+def test_each_repetition_starts_where_the_step_did_and_none_is_felt_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever a repetition draws or moves: here it ends somewhere else than the step itself did."""
+    started: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def astray(name: str) -> None:
+        repeat = getattr(Tracer, name)
+
+        def spied(tracer: Tracer, repeated: Any) -> Any:
+            started.append((torch.get_rng_state(), run.model.norm.running_mean.clone()))
+            result = repeat(tracer, repeated)
+            torch.rand(5)
+            run.model.norm.running_mean.add_(1.0)
+            return result
+
+        monkeypatch.setattr(Tracer, name, spied)
+
+    def after_a_bad_step() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(3)
+        run.trainer.train_step(torch.full((8, 12), float("nan")), torch.zeros(8, dtype=torch.int64))
+        return torch.get_rng_state(), run.model.norm.running_mean.clone()
+
+    run = start(precision_level="bf16")
+    run.model.train()
+    run.trainer.mixed_precision_manager._run.step._probe._repetitions = 10**9  # not repeated
+    plain = after_a_bad_step()
+    run = start(precision_level="bf16")
+    run.model.train()
+    torch.manual_seed(3)
+    before = (torch.get_rng_state(), run.model.norm.running_mean.clone())
+    astray("first_non_finite")
+    astray("in_full_precision")
+    repeated = after_a_bad_step()
+    assert len(started) == 2
+    for generator, buffer in started:
+        assert torch.equal(generator, before[0])
+        assert torch.equal(buffer, before[1])
+    for ours, untouched in zip(repeated, plain, strict=True):
+        assert torch.equal(ours, untouched)
 
 
 @pytest.mark.parametrize("mode", ["automatic", "manual", "selective"])
