@@ -11,10 +11,10 @@ PYTHON ?=
 GPU_PYTHON ?= $(BIN)/python
 BENCHMARKS := accuracy
 
-.PHONY: help install demo test lint bench gpu clean
+.PHONY: help install demo test lint bench bench-compare gpu clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with all that the demo, the tests and both packages need
 
@@ -30,10 +30,13 @@ lint: $(STAMP) ## Formatting, lint, strict types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Run the benchmarks; BENCH_ARGS=… goes to each
+bench: $(STAMP) ## Run the benchmarks into benchmarks/results; BENCHMARKS=… chooses, BENCH_ARGS=… goes to each
 	@for each in $(BENCHMARKS); do \
 	    echo "benchmarks.$$each"; $(BIN)/python -m benchmarks.$$each $(BENCH_ARGS) || exit 1; \
 	done
+
+bench-compare: $(STAMP) ## What got slower: OLD=… NEW=…, two result files or directories
+	$(BIN)/python -m benchmarks.compare $(OLD) $(or $(NEW),benchmarks/results)
 
 gpu: ## The tests that need a CUDA device; GPU_PYTHON=… uses another environment than .venv
 	@test -x "$$(command -v $(GPU_PYTHON))" || $(MAKE) install

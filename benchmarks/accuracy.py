@@ -9,9 +9,7 @@ import argparse
 import json
 import logging
 import math
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import machine
 from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.contract.spec import JobSpec
 from worker.training.loop import RunConfig, train
@@ -177,33 +176,6 @@ def _cell(cell: Mapping[str, Any]) -> str:
         verdict = "inside" if cell["inside"] else "**outside**"
         text += f" ({cell['difference']:+.4f} ± {cell['standard_error']:.4f}, {verdict})"
     return text
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "commit": git("rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:
