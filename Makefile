@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 GPU_PYTHON ?= $(BIN)/python
-BENCHMARKS := accuracy
+BENCHMARKS := accuracy overhead
 
 .PHONY: help install demo test lint bench bench-compare gpu clean
 
