@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 GPU_PYTHON ?= $(BIN)/python
 BENCHMARKS := accuracy overhead
+# Two at a time: most of what a test waits for are other processes.
+TEST_WORKERS ?= 2
 
 .PHONY: help install demo test lint bench bench-compare gpu clean
 
@@ -22,7 +24,7 @@ demo: $(STAMP) ## Train on handwritten digits through the HTTP API, watch it, pr
 	@$(BIN)/python examples/demo.py
 
 test: lint ## Everything a machine without a GPU can test: lint, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Formatting, lint, strict types, import contracts
 	$(BIN)/ruff check .

@@ -84,13 +84,21 @@ def build_slots(settings: Settings, spawner: Spawner) -> list[Slot]:
             "HALFSTEP_WORKER_DEVICE=cuda, but no NVIDIA GPU is visible; "
             "check the driver and CUDA_VISIBLE_DEVICES, or set it to auto or cpu"
         )
+    # torch makes this directory when it is imported: beside our own data, not in the host's /tmp, where it
+    # would outlive the installation and be lost with a container.
+    kept = {
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
+            "TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir / "cache" / "torchinductor")
+        )
+    }
     if gpus:
         return [
-            Slot(index, "cuda:0", {"CUDA_VISIBLE_DEVICES": gpu}, spawner) for index, gpu in enumerate(gpus)
+            Slot(index, "cuda:0", kept | {"CUDA_VISIBLE_DEVICES": gpu}, spawner)
+            for index, gpu in enumerate(gpus)
         ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = settings.worker_threads or max(1, cores // settings.worker_slots)
-    environment = {
+    environment = kept | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
