@@ -1,0 +1,345 @@
+"""The store against a small model: any order of submissions, claims, deaths, stale writes and requests.
+
+HALFSTEP_TEST_SEED repeats a run, HALFSTEP_TEST_EXAMPLES makes it longer; both are printed. No time passes: a
+lease runs out when a rule says so.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import delete, func, select, update
+
+from service.contract.states import TRANSITIONS, JobState
+from service.errors import HalfstepError
+from service.store import events, jobs, metrics
+from service.store.clock import db_now
+from service.store.database import Database
+from service.store.tables import checkpoints as checkpoint_rows
+from service.store.tables import job_events, job_stats, job_transitions
+from service.store.tables import jobs as job_rows
+from tests.store.making import BROKEN, CPU, LIVE, spec, steps
+from tests.store.model import EDGES, LEASED, TERMINAL, Hold, Model, violations
+
+T = TypeVar("T")
+WORKERS = ("w1", "w2", "w3")
+LEASE = 3600.0  # never by the clock
+CHOICES = st.integers(0, 2**16)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Each rule asks the model first, then the store; both must answer, or refuse, alike."""
+
+    database: Database
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+        self.seen: dict[str, tuple[int, list[str]]] = {}  # fence and states at the last look
+        self.given: list[Hold] = []  # every claim ever made, the last one of a job newest
+        with self.database.begin() as s:
+            s.execute(delete(job_rows))
+
+    def a_hold(self, choice: int) -> Hold:
+        """Mostly of a worker that may write; one time in four of any that ever could."""
+        live = [hold for hold in self.given if self.model.is_live(hold)]
+        pool = live if live and choice % 4 else self.given
+        return pool[choice // 4 % len(pool)]
+
+    def a_job(self, choice: int) -> str:
+        """Any job that was ever submitted, deleted ones too."""
+        return list(self.seen)[choice % len(self.seen)]
+
+    def both(self, expected: Callable[[], T], actual: Callable[[Any], Any]) -> T | None:
+        """What the model says, if the store did the same; None where both refused for the same reason."""
+        try:
+            wanted = expected()
+        except HalfstepError as refusal:
+            with pytest.raises(type(refusal)), self.database.begin() as s:
+                actual(s)
+            return None
+        with self.database.begin() as s:
+            got = actual(s)
+        assert wanted is None or got == wanted
+        return wanted
+
+    @rule(
+        priority=st.integers(0, 1),
+        max_attempts=st.integers(1, 3),
+        key=st.sampled_from([None, None, "a", "b"]),
+    )
+    def submit(self, priority: int, max_attempts: int, key: str | None) -> None:
+        wanted = spec(priority=priority, max_attempts=max_attempts)
+        body = f"{priority} {max_attempts}"
+
+        def store(s: Any) -> tuple[str, bool]:
+            job, created = jobs.submit(s, tenant="acme", spec=wanted, idempotency_key=key, body_hash=body)
+            return job.id, created
+
+        try:
+            known = self.model.repeats(key, body)
+        except HalfstepError as refusal:
+            with pytest.raises(type(refusal)), self.database.begin() as s:
+                store(s)
+            return
+        with self.database.begin() as s:
+            job_id, created = store(s)
+        if known is not None:
+            assert (job_id, created) == (known, False)
+            return
+        assert created
+        self.model.submit(job_id, priority=priority, max_attempts=max_attempts, key=key, body=body)
+        self.seen[job_id] = 0, []
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def claim(self, worker: str) -> None:
+        def store(s: Any) -> Hold | None:
+            job = jobs.claim(s, worker_id=worker, capability=CPU, lease_seconds=LEASE)
+            return None if job is None else Hold(job.id, job.fence, worker)
+
+        wanted = self.model.claim(worker)
+        with self.database.begin() as s:
+            assert store(s) == wanted
+        if wanted is not None:
+            self.given.append(wanted)
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, worker=st.sampled_from((None, *WORKERS)))
+    def renew(self, choice: int, worker: str | None) -> None:
+        hold = self.a_hold(choice)
+        by = worker or hold.worker
+        self.both(
+            lambda: self.model.renew(hold, by),
+            lambda s: jobs.renew(s, hold.job, hold.fence, lease_seconds=LEASE, worker_id=by),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES)
+    def run(self, choice: int) -> None:
+        hold = self.a_hold(choice)
+        self.both(lambda: self.model.mark_running(hold), lambda s: jobs.mark_running(s, hold.job, hold.fence))
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, count=st.sampled_from((1, 2, 3, 130)), skipped=st.sampled_from((0, 0, 0, -1, 1)))
+    def append(self, choice: int, count: int, skipped: int) -> None:
+        """The next steps, or, with `skipped`, a batch that overlaps the record or leaves a gap."""
+        hold = self.a_hold(choice)
+        there = self.model.jobs.get(hold.job)
+        first = max(1, (len(there.rows) if there else 0) + 1 + skipped)
+        rows = steps(first, first + count - 1, loss=float(hold.fence))
+        self.both(
+            lambda: self.model.append(hold, first, count),
+            lambda s: metrics.append(s, hold.job, hold.fence, rows, LIVE),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES)
+    def append_again(self, choice: int) -> None:
+        """The newest batch once more, as after a commit whose answer was lost."""
+        hold = self.a_hold(choice)
+        there = self.model.jobs.get(hold.job)
+        if there is None or there.newest_batch is None:
+            return
+        first, last = there.newest_batch[1], len(there.rows)
+        rows = steps(first, last, loss=float(hold.fence))
+        self.both(
+            lambda: self.model.append(hold, first, last - first + 1),
+            lambda s: metrics.append(s, hold.job, hold.fence, rows, LIVE),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, back=st.sampled_from((0, 1, 2, 130, 10_000)))
+    def truncate(self, choice: int, back: int) -> None:
+        hold = self.a_hold(choice)
+        there = self.model.jobs.get(hold.job)
+        step = max(0, (len(there.rows) if there else 0) - back)
+        self.both(
+            lambda: self.model.truncate(hold, step),
+            lambda s: metrics.truncate_after(s, hold.job, hold.fence, step),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, step=st.integers(1, 4))
+    def checkpoint(self, choice: int, step: int) -> None:
+        hold = self.a_hold(choice)
+        self.both(
+            lambda: self.model.checkpoint(hold, step),
+            lambda s: jobs.record_checkpoint(
+                s,
+                hold.job,
+                hold.fence,
+                step=step,
+                path=f"fence-{hold.fence}",
+                bytes=1,
+                sha256="0" * 64,
+                metrics=None,
+            ),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, step=st.integers(1, 4))
+    def drop_checkpoint(self, choice: int, step: int) -> None:
+        hold = self.a_hold(choice)
+        self.both(
+            lambda: self.model.drop(hold, step),
+            lambda s: jobs.drop_checkpoint(s, hold.job, hold.fence, step),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES)
+    def note(self, choice: int) -> None:
+        hold = self.a_hold(choice)
+        self.both(
+            lambda: self.model.note(hold),
+            lambda s: (
+                events.append(
+                    s,
+                    hold.job,
+                    type="worker",
+                    level="info",
+                    message="",
+                    data={"fence": hold.fence},
+                    fence=hold.fence,
+                )
+                and None
+            ),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, state=st.sampled_from(("succeeded", "failed", "cancelled", "paused")))
+    def finish(self, choice: int, state: str) -> None:
+        hold = self.a_hold(choice)
+        self.both(
+            lambda: self.model.finish(hold, state),
+            lambda s: jobs.finish(s, hold.job, hold.fence, JobState(state), BROKEN),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, charge=st.booleans())
+    def release(self, choice: int, charge: bool) -> None:
+        hold = self.a_hold(choice)
+        self.both(
+            lambda: self.model.release(hold, charge=charge),
+            lambda s: jobs.release(s, hold.job, hold.fence, charge_attempt=charge, why="it died"),
+        )
+
+    @precondition(lambda self: self.given)
+    @rule(choice=CHOICES, reaped=st.booleans())
+    def lose_a_worker(self, choice: int, reaped: bool) -> None:
+        """Its lease runs out; the reaper comes now, or the worker may be back before it."""
+        job_id = self.a_hold(choice).job
+        self.model.expire(job_id)
+        with self.database.begin() as s:
+            s.execute(
+                update(job_rows)
+                .where(job_rows.c.id == job_id, job_rows.c.lease_until.is_not(None))
+                .values(lease_until=db_now() - 1.0)
+            )
+        if reaped:
+            self.reap()
+
+    @rule()
+    def reap(self) -> None:
+        self.both(self.model.reap, lambda s: {job.id: job.state for job in jobs.reap(s)})
+
+    @precondition(lambda self: self.seen)
+    @rule(choice=CHOICES)
+    def cancel(self, choice: int) -> None:
+        job_id = self.a_job(choice)
+        self.both(
+            lambda: self.model.cancel(job_id),
+            lambda s: jobs.request_cancel(s, job_id, tenant="acme"),
+        )
+
+    @precondition(lambda self: self.seen)
+    @rule(choice=CHOICES)
+    def delete(self, choice: int) -> None:
+        job_id = self.a_job(choice)
+        self.both(lambda: self.model.delete(job_id), lambda s: jobs.delete(s, job_id, tenant="acme"))
+
+    @invariant()
+    def the_database_is_as_the_model_says(self) -> None:
+        with self.database.read() as s:
+            rows = {row.id: row for row in s.execute(select(job_rows))}
+            histories = jobs.transitions_of(s, list(rows))
+            written = {
+                job_id: metrics.read(s, job_id, limit=10_000, fields=["step", "loss"]).columns
+                for job_id in rows
+            }
+            current = {row.job_id: row.current_step for row in s.execute(select(job_stats))}
+            saved = s.execute(
+                select(checkpoint_rows.c.job_id, checkpoint_rows.c.step, checkpoint_rows.c.fence)
+            ).all()
+            notes = s.execute(
+                select(job_events.c.job_id, job_events.c.data)
+                .where(job_events.c.type == "worker")
+                .order_by(job_events.c.seq)
+            ).all()
+            numbered = s.execute(
+                select(job_transitions.c.job_id, func.count(), func.max(job_transitions.c.seq)).group_by(
+                    job_transitions.c.job_id
+                )
+            ).all()
+        assert rows.keys() == self.model.jobs.keys()
+        assert all(count == highest for _, count, highest in numbered)
+        for job_id, job in self.model.jobs.items():
+            row = rows[job_id]
+            states = [str(step.state) for step in histories[job_id]]
+            assert (row.state, row.fence, row.attempt) == (job.state, job.fence, job.attempt)
+            assert (row.worker_id, row.requested) == (job.worker, job.requested)
+            assert states == job.history
+            assert written[job_id]["step"] == list(range(1, len(job.rows) + 1))
+            assert written[job_id]["loss"] == job.rows
+            assert current[job_id] == len(job.rows)
+            assert {step: fence for i, step, fence in saved if i == job_id} == job.checkpoints
+            assert [data["fence"] for i, data in notes if i == job_id] == job.notes
+            # What holds whatever the model believes.
+            fence, before = self.seen[job_id]
+            assert not violations(before, states)
+            assert row.fence >= fence
+            assert row.fence == states.count("starting")
+            assert 1 <= row.attempt <= row.max_attempts
+            assert (row.lease_until is not None) == (row.state in LEASED)
+            assert (row.finished_at is not None) == (row.state in TERMINAL)
+            assert not before or before[-1] not in TERMINAL or states == before
+            self.seen[job_id] = row.fence, states
+
+
+def test_the_store_does_what_the_model_does(database: Database) -> None:
+    """Three dozen lives of several jobs on each database; the same ones each time in CI."""
+    drawn = 0 if os.environ.get("CI") == "true" else random.SystemRandom().randrange(2**32)
+    number = int(os.environ.get("HALFSTEP_TEST_SEED") or drawn)
+    examples = int(os.environ.get("HALFSTEP_TEST_EXAMPLES") or 36)
+    print(f"HALFSTEP_TEST_SEED={number} HALFSTEP_TEST_EXAMPLES={examples}")
+
+    @seed(number)
+    class Machine(StoreMachine):
+        pass
+
+    Machine.database = database
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=40,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_the_edges_are_those_of_the_contract() -> None:
+    assert {str(state): set(map(str, after)) for state, after in TRANSITIONS.items()} == EDGES
