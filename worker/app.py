@@ -62,6 +62,7 @@ class _Registration:
         self.worker_id = new_job_id()
         fields = Capability.__dataclass_fields__
         self.capability = Capability(**{name: ready.capability[name] for name in fields})
+        self.speeds: dict[str, dict[str, float]] = ready.capability["speed"]
         self._settings, self._database, self._ready, self._slots = settings, database, ready, slots
         self._over = threading.Event()
 
@@ -88,6 +89,7 @@ class _Registration:
                 capability=self.capability,
                 versions=self._ready.versions,
                 slots=self._slots,
+                speed=self.speeds,
             )
             components.publish(session, infos)
 
@@ -123,7 +125,12 @@ def serve(settings: Settings) -> None:
     ready = _learn(slots[0])
     registration = _Registration(settings, database, ready, len(slots))
     runner = Runner(
-        settings, database, worker_id=registration.worker_id, capability=registration.capability, slots=slots
+        settings,
+        database,
+        worker_id=registration.worker_id,
+        capability=registration.capability,
+        speeds=registration.speeds,
+        slots=slots,
     )
     for slot in slots:
         slot.warm_up()

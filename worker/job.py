@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from service.contract.spec import JobSpec
+from service.contract.speed import DtypeSpeed
 from service.contract.states import ReasonCode
 from service.errors import StaleFence
 from service.settings import Settings
@@ -68,6 +69,7 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
         ],
         decisions=[event.data for event in told if event.data is not None],
         elapsed_seconds=order.elapsed_seconds,
+        speeds={dtype: DtypeSpeed.model_validate(speed) for dtype, speed in order.speeds.items()},
     )
     try:
         return _train(config, reporter, asked)
@@ -128,6 +130,6 @@ def _ready(*, probe: bool) -> Ready:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = probe_device() if probe else None
+    found = probe_device(Settings().data_dir) if probe else None
     catalogue = [component.as_dict() for component in components.catalogue()] if probe else []
     return Ready(capability=found, components=catalogue, versions=versions)

@@ -21,6 +21,7 @@ class RunOrder:
     device: str
     elapsed_seconds: float
     checkpoints: list[dict[str, Any]]  # newest first: step, path, sha256
+    speeds: dict[str, dict[str, float]]  # of the device, by data type; empty: not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

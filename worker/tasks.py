@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,12 @@ class Runner:
         *,
         worker_id: str,
         capability: Capability,
+        speeds: Mapping[str, Mapping[str, float]],
         slots: list[Slot],
     ) -> None:
         self._settings, self._database = settings, database
         self._worker_id, self._capability = worker_id, capability
+        self._speeds = {dtype: dict(speed) for dtype, speed in speeds.items()}
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in slots:
             self._free.put(slot)
@@ -170,6 +172,7 @@ class Runner:
             device="cpu" if job.spec.get("resources", {}).get("device") == "cpu" else slot.device,
             elapsed_seconds=elapsed,
             checkpoints=[{"step": c.step, "path": c.path, "sha256": c.sha256} for c in kept],
+            speeds=self._speeds,
         )
 
     def _conclude(self, job: jobs.Job, ending: Ending, *, host_memory_killed: bool) -> None:

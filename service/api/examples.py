@@ -156,6 +156,20 @@ WORKER: dict[str, Any] = {
         "bf16": True,
         "fp16": True,
         "memory_bytes": 85899345920,
+        "speed": {
+            "float32": {
+                "matmul": 1.0,
+                "convolution": 1.0,
+                "matmul_gflops": 51200.0,
+                "convolution_gflops": 88700.0,
+            },
+            "bfloat16": {
+                "matmul": 13.7,
+                "convolution": 2.61,
+                "matmul_gflops": 701000.0,
+                "convolution_gflops": 231000.0,
+            },
+        },
     },
     "versions": {"torch": "2.13.0"},
     "slots": 1,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.examples import COMPONENT, EVENTS, JOB, METRICS, PROBLEM, RESOLVED, STATS, WORKER
 from service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from service.contract.speed import DtypeSpeed
 from service.contract.states import JobState, ReasonCode
 
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
@@ -261,6 +262,10 @@ class Capability(_Answer):
     bf16: bool
     fp16: bool
     memory_bytes: int
+    speed: dict[str, DtypeSpeed] | None = Field(
+        default=None,
+        description="By data type, as the worker measured it when it started; null: not measured.",
+    )
 
 
 class Worker(BaseModel):

@@ -13,6 +13,7 @@ from service.api.context import Context
 from service.api.pointers import pointer
 from service.contract.precision import DeviceCapability, UnsupportedPrecisionError, resolve
 from service.contract.spec import JobSpec
+from service.contract.speed import DtypeSpeed, Speeds, slow_precision
 from service.errors import FieldProblem, InvalidRequest
 from service.store import components, jobs, workers
 from service.store.workers import Capability
@@ -47,7 +48,9 @@ def prepare(session: Session, spec: JobSpec, context: Context) -> Submission:
     catalogue = components.catalogue(session)
     problems = check_components(spec, catalogue) if catalogue else []
     fitting = _fitting_devices(session, spec, context)
-    precision_problems, warnings = _check_precision(spec, fitting)
+    model = catalogue.get(("model", spec.model.name))
+    convolutional = model is not None and bool(model.extra.get("convolutional"))
+    precision_problems, warnings = _check_precision(spec, fitting, convolutional=convolutional)
     problems += precision_problems
     if problems:
         raise InvalidRequest("The job's specification is not valid.", problems)
@@ -62,22 +65,38 @@ def prepare(session: Session, spec: JobSpec, context: Context) -> Submission:
     return Submission(with_defaults(spec, catalogue), tuple(warnings), capable)
 
 
-def _fitting_devices(session: Session, spec: JobSpec, context: Context) -> list[Capability]:
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A kind of device in the fleet; the speeds of each worker that has one and measured it."""
+
+    capability: Capability
+    speeds: tuple[Speeds, ...]
+
+
+def _fitting_devices(session: Session, spec: JobSpec, context: Context) -> list[_Device]:
     """The distinct devices of the live workers that the spec's `resources.device` admits."""
     wanted = spec.resources.device
-    live = workers.list_workers(session, live_seconds=context.live_seconds)
-    found = [worker.capability for worker in live if wanted in {"auto", worker.capability.device_type}]
-    return list(dict.fromkeys(found))
+    found: dict[Capability, list[Speeds]] = {}
+    for worker in workers.list_workers(session, live_seconds=context.live_seconds):
+        if wanted in {"auto", worker.capability.device_type}:
+            speeds = found.setdefault(worker.capability, [])
+            if worker.speed is not None:
+                speeds.append({name: DtypeSpeed(**figures) for name, figures in worker.speed.items()})
+    return [_Device(capability, tuple(speeds)) for capability, speeds in found.items()]
 
 
-def _check_precision(spec: JobSpec, devices: Sequence[Capability]) -> tuple[list[FieldProblem], list[str]]:
+def _check_precision(
+    spec: JobSpec, devices: Sequence[_Device], *, convolutional: bool
+) -> tuple[list[FieldProblem], list[str]]:
     """What the precision means on each device: problems where no device can, warnings otherwise."""
     problems: list[FieldProblem] = []
     warnings: dict[str, None] = {}
     for device in devices:
-        place = f" (on {device.device_name or device.device_type})" if len(devices) > 1 else ""
+        able = device.capability
+        name = able.device_name or able.device_type
+        place = f" (on {name})" if len(devices) > 1 else ""
         capability = DeviceCapability(
-            device_type=device.device_type, bf16=device.bf16, fp16=device.fp16, name=device.device_name
+            device_type=able.device_type, bf16=able.bf16, fp16=able.fp16, name=able.device_name
         )
         try:
             resolved = resolve(spec.precision, capability)
@@ -86,6 +105,18 @@ def _check_precision(spec: JobSpec, devices: Sequence[Capability]) -> tuple[list
             warnings[f"{error.field}: {error.reason}{place}"] = None
         else:
             warnings.update(dict.fromkeys(f"{warning}{place}" for warning in resolved.warnings))
+            slow = [
+                found
+                for speeds in device.speeds
+                if (
+                    found := slow_precision(
+                        spec.precision, resolved.low_dtype, speeds, convolutional=convolutional
+                    )
+                )
+            ]
+            if slow:
+                # Workers with the same device measured it each for itself; the slowest one is told.
+                warnings[min(slow, key=lambda found: found.relative).sentence(name)] = None
     if devices and len(problems) == len(devices):
         return list(dict.fromkeys(problems)), []
     return [], list(warnings)

@@ -109,6 +109,7 @@ def worker_view(worker: Worker) -> dict[str, Any]:
             "bf16": capability.bf16,
             "fp16": capability.fp16,
             "memory_bytes": capability.memory_bytes,
+            "speed": worker.speed,
         },
         "versions": worker.versions,
         "started_at": timestamp(worker.started_at),

@@ -318,6 +318,7 @@ workers = Table(
     Column("started_at", _Time, nullable=False),
     Column("last_seen", _Time, nullable=False),
     Column("stopped_at", _Time),
+    Column("speed", JsonText),  # measured by the worker, by data type
     CheckConstraint("device_type IN ('cpu', 'cuda')", name="device_type_known"),
     Index("workers_by_last_seen", "last_seen"),
 )

@@ -41,7 +41,10 @@ class Requirements:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker process. Times are seconds since the epoch by the database's clock."""
+    """One worker process. Times are seconds since the epoch by the database's clock.
+
+    `speed` is its device's by data type, as the fields of `DtypeSpeed`; None: not measured.
+    """
 
     id: str
     name: str
@@ -53,6 +56,7 @@ class Worker:
     draining: bool
     started_at: float
     last_seen: float
+    speed: dict[str, Any] | None = None
 
 
 def register(
@@ -64,6 +68,7 @@ def register(
     capability: Capability,
     versions: Mapping[str, Any],
     slots: int,
+    speed: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Announce a worker, or announce it again with what it offers now."""
     values = {
@@ -76,6 +81,7 @@ def register(
         "device_name": capability.device_name,
         "device_count": capability.device_count,
         "versions": dict(versions),
+        "speed": None if speed is None else {dtype: dict(figures) for dtype, figures in speed.items()},
         "slots": slots,
         "busy": 0,
         "draining": False,
@@ -125,6 +131,7 @@ def list_workers(s: Session, *, live_seconds: float) -> list[Worker]:
             draining=row.draining,
             started_at=row.started_at,
             last_seen=row.last_seen,
+            speed=row.speed,
         )
         for row in rows
     ]

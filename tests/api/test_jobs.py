@@ -339,6 +339,7 @@ def test_the_fleet_is_shown(client: TestClient, trainer: Trainer, submit: Submit
         "bf16": True,
         "fp16": True,
         "memory_bytes": CPU.memory_bytes,
+        "speed": None,
     }
     assert TIME.fullmatch(worker["last_seen"])
     with database.begin() as session:

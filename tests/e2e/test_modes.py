@@ -111,3 +111,17 @@ def test_layers_that_the_model_lacks_fail_with_the_names_it_has(serving: Cluster
     assert ended["state"] == "failed"
     assert "selective_layers" in ended["status_reason"]["message"]
     assert "conv1" in ended["status_reason"]["message"]
+
+
+def test_what_the_worker_measured_is_what_a_submission_and_its_job_are_warned_of(serving: Cluster) -> None:
+    speed = serving.get("/workers")["items"][0]["capability"]["speed"]
+    assert set(speed) == {"float32", "float16", "bfloat16"}
+    figure = speed["float16"]["matmul"]
+    slow = figure < 1  # but for the newest ones, CPUs emulate it
+    job_id = serving.submit({**SMALL, "precision": {"precision_level": "fp16"}})
+    serving.wait(job_id)
+    events = serving.get(f"/jobs/{job_id}/events")["items"]
+    told = [event["data"] for event in events if (event["data"] or {}).get("code") == "slow_precision"]
+    assert [data["relative_speed"] for data in told] == [figure] * slow
+    warned = [event["message"] for event in events if event["type"] == "warning"]
+    assert any(f"run at {figure:.2g} times float32's speed" in message for message in warned) == slow

@@ -1,11 +1,13 @@
 """What a worker says of itself, and the step it takes before a job comes."""
 
+import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from worker.training import capability, warmup
+from worker.training import capability, speed, warmup
 
 
 def test_the_probe_fits_the_workers_record() -> None:
@@ -16,12 +18,14 @@ def test_the_probe_fits_the_workers_record() -> None:
     assert isinstance(found["bf16"], bool)
     assert isinstance(found["fp16"], bool)
     assert found["device_name"]
-    assert set(found["matmul_relative"]) == {"float16", "bfloat16"}
-    assert all(speed > 0 for speed in found["matmul_relative"].values())
+    assert set(found["speed"]) >= {"float32", "float16", "bfloat16"}
+    assert found["speed"] == json.loads(json.dumps(found["speed"]))
 
 
-def test_the_relative_speed_is_measured_once() -> None:
-    assert capability.relative_speed("cpu") is capability.relative_speed("cpu")
+def test_the_warm_up_measures_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs a second, and each job's process would pay it."""
+    monkeypatch.setattr(speed, "measure", lambda _device: pytest.fail("measured"))
+    warmup.take_a_step()
 
 
 def test_the_warm_up_draws_nothing_and_creates_no_cuda_context() -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from service.contract.spec import JobSpec
+from service.contract.speed import DtypeSpeed
 from tests.training.jobs import job, run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -89,16 +90,35 @@ def test_other_models_and_tasks_learn(
     assert value >= bound if metric == "accuracy" else value <= bound
 
 
-def test_a_slow_precision_is_told_with_its_measured_cost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "worker.training.capability.relative_speed", lambda _type: {"bfloat16": 0.25, "float16": 0.01}
-    )
-    _, recorder = run(job(precision={}), tmp_path, stop_after=1)
+SLOW = {
+    dtype: DtypeSpeed(matmul=matmul, convolution=convolution, matmul_gflops=1.0, convolution_gflops=1.0)
+    for dtype, matmul, convolution in (("float32", 1, 1), ("bfloat16", 0.25, 2.0), ("float16", 0.01, 0.02))
+}
+
+
+def test_a_slow_precision_is_told_with_its_measured_cost(tmp_path: Path) -> None:
+    _, recorder = run(job(precision={}), tmp_path, stop_after=1, speeds=SLOW)
     [told] = recorder.coded("slow_precision")
-    assert told["relative_speed"] == 0.25
-    _, plain = run(job(), tmp_path / "fp32", stop_after=1)
+    assert (told["compute_dtype"], told["relative_speed"]) == ("bfloat16", 0.25)
+    _, plain = run(job(), tmp_path / "fp32", stop_after=1, speeds=SLOW)
     assert plain.coded("slow_precision") == []
-    run(job(precision={}), tmp_path, recorder, fence=2)
+    run(job(precision={}), tmp_path, recorder, fence=2, speeds=SLOW)
     assert len(recorder.coded("slow_precision")) == 1  # not told again by a resume
+
+
+def test_a_model_with_convolutions_goes_by_their_speed(tmp_path: Path) -> None:
+    cnn = {
+        "model": {"name": "cnn", "params": {"channels": [2, 2], "hidden": 4}},
+        "dataset": {"name": "digits"},
+    }
+    _, recorder = run(job(**cnn, precision={}), tmp_path, stop_after=1, speeds=SLOW)
+    assert recorder.coded("slow_precision") == []
+    _, fp16 = run(
+        job(**cnn, precision={"precision_level": "fp16"}), tmp_path / "fp16", stop_after=1, speeds=SLOW
+    )
+    assert [told["relative_speed"] for told in fp16.coded("slow_precision")] == [0.02]
+
+
+def test_what_nobody_measured_is_not_warned_of(tmp_path: Path) -> None:
+    _, recorder = run(job(precision={}), tmp_path, stop_after=1)
+    assert recorder.coded("slow_precision") == []

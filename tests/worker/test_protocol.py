@@ -14,6 +14,7 @@ MESSAGES: list[Message] = [
         device="cpu",
         elapsed_seconds=0.5,
         checkpoints=[],
+        speeds={"float32": {"matmul": 1.0}},
     ),
     StopOrder(why="drain"),
     Ready(capability={"bf16": True}, components=[], versions={"torch": "2"}),

@@ -7,7 +7,7 @@ is obeyed. The precision of a step is the engine's; what a step costs to report 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from service.contract.spec import JobSpec
+from service.contract.speed import Speeds
 from worker.amp.errors import TooManySkips
 from worker.training import randomness
 from worker.training.batches import Position
@@ -50,6 +51,7 @@ class RunConfig:
             memory is decided alike again.
         elapsed_seconds: training time that earlier attempts spent, for the time limit.
         flush_seconds: between two reports of finished steps.
+        speeds: of the device, by data type, as its worker measured them; empty: nobody has.
     """
 
     spec: JobSpec
@@ -61,6 +63,7 @@ class RunConfig:
     decisions: Sequence[dict[str, Any]] = ()
     elapsed_seconds: float = 0.0
     flush_seconds: float = 0.5
+    speeds: Speeds = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ def _attempt(config: RunConfig, observer: Observer, asked: Callable[[], StopRequ
             resume=known,
             decisions=decisions,
             excluded=excluded,
+            speeds=config.speeds,
         )
         try:
             stopped = _until_done(run, asked)

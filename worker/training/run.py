@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from service.contract.metrics import LiveStats, StepMetrics
 from service.contract.spec import JobSpec
+from service.contract.speed import Speeds, slow_precision
 from worker.amp import MixedPrecisionTrainer
 from worker.amp.telemetry import EngineEvent, StepRow
-from worker.training import capability, checkpoint, environment, randomness
+from worker.training import checkpoint, environment, randomness
 from worker.training.assembly import Assembly, assemble
 from worker.training.batches import Batches, Plan, Position, excluded_from
 from worker.training.checkpoint import CheckpointRef, Payload
@@ -30,6 +32,15 @@ _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""
 
 _MOST_PENDING = 4096
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 class Run:
@@ -55,6 +66,7 @@ class Run:
         resume: Sequence[CheckpointRef],
         decisions: list[dict[str, Any]],
         excluded: frozenset[Position],
+        speeds: Speeds,
     ) -> None:
         self._spec = spec
         self._observer = observer
@@ -90,7 +102,7 @@ class Run:
             self._restore(found[1])
         self._decisions = decisions
         self._trainer.replay_decisions([decision for decision in decisions if "from" in decision])
-        self._announce(resume[: len(damaged)], damaged, state)
+        self._announce(resume[: len(damaged)], damaged, state, speeds)
         self._recent = RecentSteps()
         self._save_by = self._next_save_time()
 
@@ -198,6 +210,7 @@ class Run:
         damaged_refs: Sequence[CheckpointRef],
         damaged: Sequence[CheckpointDamaged],
         state: dict[str, Any],
+        speeds: Speeds,
     ) -> None:
         self._observer.opened(total_steps=self.plan.total_steps)
         self._observer.resumed(self.resumed_from)
@@ -212,7 +225,7 @@ class Run:
         if damaged_refs:
             self._observer.superseded(damaged_refs)
         if not state:
-            self._warn_of_slow_precision()
+            self._warn_of_slow_precision(speeds)
         else:
             self._events.clear()  # told when the job began
             changed = environment.differences(state["environment"], self._environment())
@@ -225,18 +238,19 @@ class Run:
                     {"code": "resume_not_exact", "differences": changed, "step": self.step},
                 )
 
-    def _warn_of_slow_precision(self) -> None:
-        low = self._trainer.mixed_precision_manager.resolved.low_dtype
-        if self._device.type != "cpu" or low == "float32":
-            return
-        speed = capability.relative_speed("cpu")[low]
-        if speed < 1:
+    def _warn_of_slow_precision(self, speeds: Speeds) -> None:
+        slow = slow_precision(
+            self._spec.precision,
+            self._trainer.mixed_precision_manager.resolved.low_dtype,
+            speeds,
+            convolutional=any(isinstance(module, _CONVOLUTIONS) for module in self._parts.model.modules()),
+        )
+        if slow is not None:
             self._observer.event(
                 "precision",
                 "warning",
-                f"on this worker's CPU matrix products in {low} run at {speed:.2g} times float32's speed: "
-                "precision_level 'fp32' trains faster here, and a GPU is where the low precision pays",
-                {"code": "slow_precision", "compute_dtype": low, "relative_speed": speed},
+                slow.sentence(f"this worker's {'GPU' if self._device.type == 'cuda' else 'CPU'}"),
+                {"code": "slow_precision", "compute_dtype": slow.dtype, "relative_speed": slow.relative},
             )
 
     def _take_event(self, event: EngineEvent) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer, PrecisionLevel
-from worker.training.capability import relative_speed
 from worker.training.components import load_built_in
 
 _QUIET = MixedPrecisionConfig(precision_level=PrecisionLevel.BF16, loss_scaling=False, gradient_scaling=False)
@@ -17,7 +16,6 @@ _QUIET = MixedPrecisionConfig(precision_level=PrecisionLevel.BF16, loss_scaling=
 def take_a_step() -> None:
     """Train a tiny model for two steps in mixed precision; torch's global random generator is put back."""
     load_built_in()
-    relative_speed("cpu")
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         trainer = MixedPrecisionTrainer(_QUIET)

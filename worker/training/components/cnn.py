@@ -65,6 +65,7 @@ class Cnn(nn.Module):
     summary="Two convolutions and two linear layers (conv1, conv2, fc1, fc2) over small images.",
     inputs=(InputKind.IMAGE,),
     tasks=(Task.CLASSIFICATION, Task.REGRESSION),
+    convolutional=True,
 )
 def build_cnn(parameters: CnnParameters, data: DataInfo) -> nn.Module:
     """A small convolutional network."""

@@ -68,8 +68,8 @@ class Component:
         name: what a specification calls it.
         help: one line.
         schema: JSON Schema (Draft 2020-12) of its parameters.
-        extra: of a model `inputs` and `tasks`, of a dataset `task` (and `task_parameter`, the parameter that
-            can change it), of a loss `tasks`, of a scheduler `needs_evaluation`.
+        extra: of a model `inputs`, `tasks` and `convolutional`, of a dataset `task` (and `task_parameter`,
+            the parameter that can change it), of a loss `tasks`, of a scheduler `needs_evaluation`.
     """
 
     kind: Kind
@@ -135,13 +135,19 @@ def register_model(
     summary: str,
     inputs: Iterable[InputKind],
     tasks: Iterable[Task],
+    convolutional: bool = False,
     sequence_length: Callable[[Any], int] | None = None,
 ) -> Callable[[Builder], Builder]:
     """Register a builder of models that take `inputs` (most welcome first) and can learn `tasks`.
 
+    `convolutional` says that convolutions are where the model's time goes, and not matrix products.
     `sequence_length` tells, from the parameters, how many tokens of context a model of sequences takes.
     """
-    extra = {"inputs": [str(kind) for kind in inputs], "tasks": [str(task) for task in tasks]}
+    extra = {
+        "inputs": [str(kind) for kind in inputs],
+        "tasks": [str(task) for task in tasks],
+        "convolutional": convolutional,
+    }
     return _register(Kind.MODEL, name, parameters, summary, extra, sequence_length)
 
 
