@@ -6,7 +6,7 @@ everything that can be known from the document alone.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationInfo, field_validator
 
 from service.contract.precision import MixedPrecisionConfig
 
@@ -83,9 +83,22 @@ class TrainingBlock(_Block):
     capture: Literal["off"] = Field(
         default="off", description="Capture of the whole step as a CUDA graph; this version offers `off`."
     )
-    compile: Literal["off"] = Field(
-        default="off", description="torch.compile of the model; this version offers `off`."
+    compile: Literal["off", "default", "max-autotune"] = Field(
+        default="off",
+        description="torch.compile of the model, by its mode; not with `deterministic`. A model that cannot "
+        "be compiled trains uncompiled, and an event says why.",
     )
+
+    @field_validator("compile")
+    @classmethod
+    def _compiled_is_not_deterministic(cls, mode: str, info: ValidationInfo) -> str:
+        if mode != "off" and info.data.get("deterministic"):
+            raise ValueError(
+                "must be 'off' while training.deterministic is true, its default: compiled code does not "
+                "promise the same bits after a restart. Set training.deterministic to false, or leave "
+                "compile out"
+            )
+        return mode
 
 
 class ResourcesBlock(_Block):

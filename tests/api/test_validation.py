@@ -49,6 +49,13 @@ def test_a_minimal_document_is_a_spec() -> None:
         ({"training": {"batch_size": 0}}, "/training/batch_size", "must be greater than or equal to 1"),
         ({"training": {"deterministic": 1}}, "/training/deterministic", "must be a valid boolean"),
         ({"training": {"max_steps": 2**60}}, "/training/max_steps", "must be less than or equal to"),
+        ({"training": {"compile": True}}, "/training/compile", "'off', 'default' or 'max-autotune'"),
+        ({"training": {"compile": "default"}}, "/training/compile", "Set training.deterministic to false"),
+        (
+            {"training": {"deterministic": True, "compile": "max-autotune"}},
+            "/training/compile",
+            "or leave compile out",
+        ),
         ({"precision": {"precision_level": "FP16"}}, "/precision/precision_level", "'fp16'"),
         ({"precision": {"mode": "auto"}}, "/precision/mode", "'automatic'"),
         ({"precision": {"mode": 7}}, "/precision/mode", "must be"),
@@ -114,6 +121,11 @@ def test_every_mode_that_can_be_run_is_taken() -> None:
         layers = ["conv1"] if mode is MixedPrecisionMode.SELECTIVE else []
         precision = {"mode": mode.value, "precision_level": level, "selective_layers": layers}
         assert read_spec(body_of({**MINIMAL, "precision": precision})).precision.mode is mode
+
+
+def test_compiled_code_is_taken_where_nothing_promises_the_same_bits() -> None:
+    training = {"compile": "max-autotune", "deterministic": False}
+    assert read_spec(body_of({**MINIMAL, "training": training})).training.compile == "max-autotune"
 
 
 def test_everything_wrong_is_told_at_once() -> None:

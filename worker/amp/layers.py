@@ -78,6 +78,8 @@ class BorderCast:
         self._cast_outputs = cast_outputs
         self._open: list[AbstractContextManager[object]] = []
         self._handles: list[RemovableHandle] = []
+        self._crossing_in: Callable[..., Any] = self._cross_in
+        self._crossing_out: Callable[..., Any] = self._cross_out
         self.enabled = True
 
     def attach(self, module: nn.Module) -> None:
@@ -87,14 +89,29 @@ class BorderCast:
         # left open by an exception would outlive the step.
         self._handles.append(module.register_forward_hook(self._leave, prepend=True, always_call=True))
 
+    def keep_out_of_compiled_code(self) -> None:
+        """Cross the border eagerly in a compiled model too.
+
+        The compiler would move a region that one hook opens and another one closes.
+        """
+        if self._crossing_in == self._cross_in:
+            self._crossing_in = torch.compiler.disable(self._cross_in)  # type: ignore[no-untyped-call]  # torch's
+            self._crossing_out = torch.compiler.disable(self._cross_out)  # type: ignore[no-untyped-call]  # own
+
     def detach(self) -> None:
         """Leave every module as it was found."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _enter(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._crossing_in(args, kwargs)
+
+    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return self._crossing_out(output)
+
+    def _cross_in(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         region = self._region() if self.enabled and self._region is not None else None
         if region is not None:
@@ -104,7 +121,7 @@ class BorderCast:
             return None
         return self._cast_inputs(args), self._cast_inputs(kwargs)
 
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def _cross_out(self, output: Any) -> Any:
         if self.enabled and self._region is not None and self._open:
             self._open.pop().__exit__(None, None, None)
         if not self.enabled or self._cast_outputs is None or output is None:

@@ -20,6 +20,7 @@ from worker.amp.admission import check_weights, device_of
 from worker.amp.batches import to_device
 from worker.amp.capability import capability_of
 from worker.amp.checkpointing import recompute_blocks
+from worker.amp.compiling import CompileMode, forward_of
 from worker.amp.errors import SetupError, StateMismatchError, StepError
 from worker.amp.guard import RandomStates
 from worker.amp.memory import MemoryMonitor
@@ -82,6 +83,7 @@ class MixedPrecisionManager:
         device: torch.device | str | None = None,
         scheduler_interval: Interval = "epoch",
         gradient_accumulation_steps: int = 1,
+        compile: CompileMode = "off",  # noqa: A002 - the setting's name everywhere
     ) -> None:
         """Prepare a model and its optimizer; see `MixedPrecisionTrainer.setup_training`."""
         if gradient_accumulation_steps < 1:
@@ -105,6 +107,7 @@ class MixedPrecisionManager:
             )
         memory = MemoryMonitor(target)
         policy = build_policy(self.config, resolved, target, memory)
+        forward = forward_of(model, compile, policy=policy, device=target, tell=self._tell_uncompiled)
         step = TrainingStep(
             self.config,
             policy,
@@ -114,6 +117,7 @@ class MixedPrecisionManager:
             schedule=schedule,
             memory=memory,
             device=target,
+            forward=forward,
         )
         self._prepared = _Run(
             model=model,
@@ -451,6 +455,18 @@ class MixedPrecisionManager:
                 row.scale,
                 row.memory_usage,
             )
+
+    def _tell_uncompiled(self, message: str) -> None:
+        step = self._prepared.step.steps if self._prepared is not None else 0
+        self._emit(
+            EngineEvent(
+                type="warning",
+                level="warning",
+                message=message,
+                step=step,
+                data={"code": "compile_unavailable"},
+            )
+        )
 
     def _emit(self, event: EngineEvent) -> None:
         if self.on_event is not None:

@@ -5,11 +5,13 @@ type and takes the slower public equivalent where the answer is wrong, so that a
 which one ran.
 """
 
+import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +54,22 @@ def kernels(device_type: str) -> Kernels:
         copy=_proved(_copy, copy_publicly, _copy_works, device_type),
         fused_update_skips=_holds(_fused_update_skips, device_type),
     )
+
+
+@contextmanager
+def backward_compiled_at_once() -> Iterator[None]:
+    """While open, torch.compile compiles a backward pass with its forward pass, where its failure is in time.
+
+    Without it, the first backward pass compiles, when gradients and buffers have already moved.
+    """
+    try:
+        functorch: Any = importlib.import_module("torch._functorch.config")
+        patch = functorch.patch(force_non_lazy_backward_lowering=True)
+    except (AttributeError, ImportError) as error:
+        logger.warning("the backward pass is compiled late: %s: %s", type(error).__name__, error)
+        patch = nullcontext()
+    with patch:
+        yield
 
 
 def check_and_unscale_publicly(tensors: list[Tensor], found: Tensor, factor: Tensor) -> None:

@@ -69,10 +69,11 @@ class TrainingStep:
         schedule: Schedule,
         memory: MemoryMonitor,
         device: torch.device,
+        forward: Callable[[Any], Any] | None = None,
     ) -> None:
         self._config = config
         self._policy = policy
-        self._model = model
+        self._forward = model if forward is None else forward
         self._optimizer = optimizer
         self._criterion = criterion
         self._schedule = schedule
@@ -221,7 +222,7 @@ class TrainingStep:
         target = to_device(target_batch, self._device)
         self._policy.saw_input(shapes_of(data))
         with self._policy.region():
-            output = self._model(self._policy.cast_input(data))
+            output = self._forward(self._policy.cast_input(data))
             loss = _scalar(self._criterion(self._policy.cast_output(output), target))
         detached = loss.detach()
         group.loss_sum = detached if group.loss_sum is None else group.loss_sum + detached

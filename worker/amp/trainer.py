@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
+from worker.amp.compiling import CompileMode
 from worker.amp.errors import StepError
 from worker.amp.manager import MixedPrecisionManager
 from worker.amp.schedule import Interval
@@ -56,6 +57,7 @@ class MixedPrecisionTrainer:
         device: torch.device | str | None = None,
         scheduler_interval: Interval = "epoch",
         gradient_accumulation_steps: int = 1,
+        compile: CompileMode = "off",  # noqa: A002 - the setting's name everywhere
     ) -> None:
         """Prepare a model for training.
 
@@ -67,6 +69,9 @@ class MixedPrecisionTrainer:
             device: where to train; default: where the model's parameters are.
             scheduler_interval: "step": on every applied step; "epoch": at an epoch's end if one was applied.
             gradient_accumulation_steps: micro-batches in a full step.
+            compile: how torch.compile prepares the model for training steps: "default", "max-autotune", or
+                "off". Evaluation runs the model itself, and the state dict has the model's own names. A
+                model that cannot be compiled trains uncompiled, and `on_event` says why.
 
         Raises:
             SetupError: the parts do not fit each other or the configuration.
@@ -80,6 +85,7 @@ class MixedPrecisionTrainer:
             device=device,
             scheduler_interval=scheduler_interval,
             gradient_accumulation_steps=gradient_accumulation_steps,
+            compile=compile,
         )
         self.model = model
         self.optimizer = optimizer

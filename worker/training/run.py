@@ -201,6 +201,7 @@ class Run:
             device=self._device,
             scheduler_interval=self._parts.scheduler_interval,
             gradient_accumulation_steps=self._spec.training.gradient_accumulation_steps,
+            compile=self._spec.training.compile,
         )
         self._parts.model.train()
         return trainer
@@ -263,7 +264,7 @@ class Run:
 
     def _tell(self, event: EngineEvent) -> None:
         own = event.type in _OWN_TYPES
-        data = event.data | {"step": event.step, "code": event.type}
+        data = {"code": event.type} | event.data | {"step": event.step}
         self._observer.event(event.type if own else "alert", event.level, event.message, data)
 
     def _take_rows(self, rows: Sequence[StepRow]) -> None:

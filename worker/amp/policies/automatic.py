@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from worker.amp.layers import BorderCast
 from worker.amp.policies.interface import PrecisionPolicy
 from worker.amp.policies.islands import Fp32Islands
 
@@ -34,6 +35,10 @@ class AutomaticPolicy(PrecisionPolicy):
     def region(self) -> AbstractContextManager[object]:
         """A region of its own each time: autocast forgets its cast weights when it ends."""
         return torch.autocast(self._device_type, dtype=self.compute_dtype)
+
+    def borders(self) -> Iterable[BorderCast]:
+        """Around fp32_layers."""
+        return (self._islands.border,)
 
     def notices(self) -> Iterable[str]:
         """Patterns that mean no layer."""

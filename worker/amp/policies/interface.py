@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from worker.amp.layers import BorderCast
 from worker.amp.telemetry import FinishedStep
 
 
@@ -71,6 +72,10 @@ class PrecisionPolicy:
     def cast_output(self, output: Any) -> Any:
         """The model's output as the criterion takes it."""
         return output
+
+    def borders(self) -> Iterable[BorderCast]:
+        """Where types change inside the model, after `attach`."""
+        return ()
 
     def collect_gradients(self) -> None:
         """After each backward pass: put gradients where the optimizer looks for them."""

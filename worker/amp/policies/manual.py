@@ -78,6 +78,10 @@ class ManualPolicy(PrecisionPolicy):
         for module, name, _ in self._lowered_buffers:
             setattr(module, name, getattr(module, name).float())
 
+    def borders(self) -> Iterable[BorderCast]:
+        """Around the layers kept in FP32."""
+        return (self._border,)
+
     def optimized(self, parameter: nn.Parameter) -> nn.Parameter:
         """The FP32 master of a lowered parameter; a parameter kept in FP32 is its own."""
         return self._masters.get(parameter, parameter)

@@ -93,6 +93,10 @@ class SelectivePolicy(PrecisionPolicy):
         """Take back what `state_dict` gave."""
         self.lower(state["lowered"])
 
+    def borders(self) -> Iterable[BorderCast]:
+        """Around the selected subtrees and fp32_layers."""
+        return (*self._borders.values(), self._islands.border)
+
     def notices(self) -> Iterable[str]:
         """Patterns that mean no layer."""
         return self._notices

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
+from worker.amp.layers import BorderCast
 from worker.amp.memory import MemoryMonitor
 from worker.amp.policies.interface import PrecisionPolicy, Transition
 from worker.amp.policies.ladder import InstabilityLadder
@@ -72,6 +73,10 @@ class SwitchingPolicy(PrecisionPolicy):
     def full_precision(self) -> AbstractContextManager[object]:
         """As the low policy's."""
         return self._low.full_precision()
+
+    def borders(self) -> Iterable[BorderCast]:
+        """As the low policy's."""
+        return self._low.borders()
 
     def notices(self) -> Iterable[str]:
         """As the low policy's."""
