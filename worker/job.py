@@ -8,7 +8,6 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from service.contract.spec import JobSpec
@@ -55,7 +54,15 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
     settings = Settings.model_validate(order.settings)
     spec = JobSpec.model_validate(order.spec)
     database = Database(settings.sql_url)
-    reporter = Reporter(database, order.job_id, order.fence, on_progress=on_progress)
+    # Records name files by their place below the data directory, so that a restored copy of both is whole.
+    root = settings.data_dir
+    reporter = Reporter(
+        database,
+        order.job_id,
+        order.fence,
+        on_progress=on_progress,
+        path_of=lambda place: place.relative_to(root).as_posix(),
+    )
     with database.read() as session:
         told = events.read(session, order.job_id, type="precision", limit=MAX_DECISIONS)
     config = RunConfig(
@@ -65,7 +72,8 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
         fence=order.fence,
         text_roots=settings.text_roots,
         resume=[
-            CheckpointRef(step=c["step"], path=Path(c["path"]), sha256=c["sha256"]) for c in order.checkpoints
+            CheckpointRef(step=c["step"], path=root / c["path"], sha256=c["sha256"])
+            for c in order.checkpoints
         ],
         decisions=[event.data for event in told if event.data is not None],
         elapsed_seconds=order.elapsed_seconds,

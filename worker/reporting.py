@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -54,10 +55,11 @@ class Reporter:
         fence: int,
         *,
         on_progress: Callable[[int, float], None],
+        path_of: Callable[[Path], str] = str,
         max_rows: int = MAX_BUFFERED_ROWS,
     ) -> None:
         self._database, self._job_id, self._fence = database, job_id, fence
-        self._on_progress, self._max_rows = on_progress, max_rows
+        self._on_progress, self._path_of, self._max_rows = on_progress, path_of, max_rows
         self._changed = threading.Condition()
         self._queue: deque[_Batch | _Transaction] = deque()
         self._rows = 0
@@ -135,7 +137,7 @@ class Reporter:
                 job,
                 fence,
                 step=info.step,
-                path=str(info.path),
+                path=self._path_of(info.path),
                 bytes=info.bytes,
                 sha256=info.sha256,
                 metrics=dict(info.metrics),
@@ -149,16 +151,21 @@ class Reporter:
         self._put(write)
 
     def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
-        """Drop these references, then their files. Queued behind the reference that takes their place."""
+        """Drop these references, then the files that no other job refers to.
+
+        Queued behind the reference that takes their place.
+        """
         job, fence = self._job_id, self._fence
+        removable: list[CheckpointRef] = []
 
         def write(session: Session) -> None:
-            for reference in checkpoints:
-                jobs.drop_checkpoint(session, job, fence, reference.step)
+            removable[:] = [
+                each for each in checkpoints if jobs.drop_checkpoint(session, job, fence, each.step)
+            ]
 
         def remove_files() -> None:
             try:
-                checkpoint.remove(checkpoints)
+                checkpoint.remove(removable)
             except TrainingFailure as error:  # costs disk space, not the job
                 log.warning("an old checkpoint stays on disk", error=error.message)
 

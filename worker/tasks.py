@@ -231,6 +231,9 @@ def _conclusion(
     match ending.killed_for:
         case "cancel":
             return lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, _CANCELLED)
+        case "pause":
+            why = "the job did not stop in time; it goes on from its last checkpoint"
+            return give_back(why, charge_attempt=False)
         case "drain":
             why = "the worker was drained; the job did not stop in time and goes on from its last checkpoint"
             return give_back(why, charge_attempt=False)

@@ -9,7 +9,18 @@ from fastapi import FastAPI
 from service.api import openapi, problems
 from service.api.context import Context
 from service.api.request_id import RequestIds
-from service.api.routes import components, docs, events, health, jobs, metrics, stats, workers
+from service.api.routes import (
+    checkpoints,
+    components,
+    control,
+    docs,
+    events,
+    health,
+    jobs,
+    metrics,
+    stats,
+    workers,
+)
 from service.api.watch import StatsWatcher
 from service.settings import Settings
 from service.store import metrics as record
@@ -25,8 +36,9 @@ Times are RFC 3339 in UTC, sizes are bytes, ids are UUIDv7. Numbers that are not
 `NaN`, `Infinity` and `-Infinity`. Errors are `application/problem+json`."""
 
 TAGS = [
-    {"name": "jobs", "description": "Submit, list, cancel and delete jobs."},
+    {"name": "jobs", "description": "Submit, list, steer and delete jobs."},
     {"name": "progress", "description": "Summary, step record and events of a job."},
+    {"name": "checkpoints", "description": "What a job has saved, and its weights."},
     {"name": "fleet", "description": "What can be named in a spec, and who runs it."},
     {"name": "health", "description": "For load balancers; needs no key."},
 ]
@@ -70,7 +82,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     )
     app.state.context = Context(settings=settings, database=store, watcher=watcher)
     problems.install(app)
-    for resource in (jobs, stats, metrics, events, components, workers, health, docs):
+    for resource in (jobs, control, checkpoints, stats, metrics, events, components, workers, health, docs):
         app.include_router(resource.router)
     app.add_middleware(RequestIds)
 

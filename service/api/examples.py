@@ -83,6 +83,7 @@ JOB: dict[str, Any] = {
     "priority": 0,
     "tags": {"team": "vision"},
     "parent_id": None,
+    "from_checkpoint": None,
     "worker": "gpu-host-1",
     "created_at": "2026-11-02T09:30:00.000000Z",
     "started_at": "2026-11-02T09:30:00.850000Z",
@@ -129,6 +130,22 @@ EVENTS: dict[str, Any] = {
         }
     ],
     "next_after": 1,
+}
+
+CHECKPOINT: dict[str, Any] = {
+    "step": 23,
+    "bytes": 1204224,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "created_at": "2026-11-02T09:30:01.300000Z",
+    "metrics": {"epoch": 1.0, "loss": 0.41, "average_loss": 0.87},
+}
+
+RETRIES: dict[str, Any] = {
+    "from the start": {"summary": "The whole job again", "value": {}},
+    "from a checkpoint": {
+        "summary": "Go on from a checkpoint that the job has left",
+        "value": {"from_checkpoint": 23},
+    },
 }
 
 COMPONENT: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """The OpenAPI document: what the framework finds in the routes, and what it cannot know.
 
-It cannot know the request body of POST /jobs, which is read by hand, and the problem document of every error.
+It cannot know the request bodies of POST /jobs and of a retry, which are read by hand, and the problem
+document of every error.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.api.problems import PROBLEM_TYPE
 from service.api.schemas import Problem
-from service.contract.spec import JobSpec
+from service.contract.spec import JobSpec, RetryRequest
 
 _REF = "#/components/schemas/{model}"
 _PROBLEM = {"schema": {"$ref": _REF.format(model="Problem")}}
@@ -26,6 +27,7 @@ _MEANINGS = {
     HTTPStatus.NOT_ACCEPTABLE: "None of the accepted types is offered.",
     HTTPStatus.CONFLICT: "The job's state forbids it.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large.",
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE: "The range begins beyond the end.",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not sent as application/json.",
     HTTPStatus.UNPROCESSABLE_ENTITY: "A wrong value, with its place and the remedy.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "A defect; the log has it under the answer's x-request-id.",
@@ -55,10 +57,10 @@ def problem_response(description: str) -> dict[str, Any]:
     return {"description": description, "content": {PROBLEM_TYPE: _PROBLEM}}
 
 
-def json_body(model: str, examples: Mapping[str, Any]) -> dict[str, Any]:
+def json_body(model: str, examples: Mapping[str, Any], *, required: bool = True) -> dict[str, Any]:
     """The `openapi_extra` of a route that reads a JSON body by hand."""
     content = {"schema": {"$ref": _REF.format(model=model)}, "examples": dict(examples)}
-    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+    return {"requestBody": {"required": required, "content": {"application/json": content}}}
 
 
 def document(app: FastAPI) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def document(app: FastAPI) -> dict[str, Any]:
             tags=app.openapi_tags,
         )
         _, added = models_json_schema(
-            [(JobSpec, "validation"), (Problem, "serialization")], ref_template=_REF
+            [(JobSpec, "validation"), (RetryRequest, "validation"), (Problem, "serialization")],
+            ref_template=_REF,
         )
         schemas = built.setdefault("components", {}).setdefault("schemas", {})
         for name, schema in added["$defs"].items():

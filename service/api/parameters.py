@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 
 from service.api.pointers import suggestion
@@ -11,6 +11,17 @@ from service.api.pointers import suggestion
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]
 JobPath = Annotated[str, Path(description="The job's id.", json_schema_extra={"format": "uuid"})]
+
+StepPath = Annotated[int, Path(ge=1, le=2**53, description="The checkpoint's step.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="The same key and body give the same job; another body is refused.",
+    ),
+]
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 _ETAG = re.compile(r'(?:W/)?("[^"]*")')

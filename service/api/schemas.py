@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.examples import COMPONENT, EVENTS, JOB, METRICS, PROBLEM, RESOLVED, STATS, WORKER
+from service.api.examples import CHECKPOINT, COMPONENT, EVENTS, JOB, METRICS, PROBLEM, RESOLVED, STATS, WORKER
 from service.contract.precision import MixedPrecisionMode, PrecisionLevel
 from service.contract.speed import DtypeSpeed
 from service.contract.states import JobState, ReasonCode
@@ -167,7 +167,8 @@ class Job(BaseModel):
     max_attempts: int
     priority: int
     tags: dict[str, str]
-    parent_id: JobId | None
+    parent_id: JobId | None = Field(description="The job that this one is a retry of.")
+    from_checkpoint: int | None = Field(description="The step of the parent's that the retry went on from.")
     worker: str | None = Field(description="The name of the worker that holds it, or held it last.")
     created_at: datetime
     started_at: datetime | None
@@ -233,6 +234,24 @@ class EventPage(BaseModel):
 
     items: list[Event]
     next_after: int = Field(description="For the next `after=`.")
+
+
+class Checkpoint(BaseModel):
+    """A saved state of a job."""
+
+    model_config = _with(CHECKPOINT)
+
+    step: int = Field(ge=1, description="Optimizer steps taken before it.")
+    bytes: int = Field(description="Of all its files.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the weights that `/model` serves.")
+    created_at: datetime
+    metrics: dict[str, Number] = Field(description="Figures of that moment.")
+
+
+class CheckpointList(_Answer):
+    """What can be downloaded or retried from, newest first."""
+
+    items: list[Checkpoint]
 
 
 class Component(BaseModel):

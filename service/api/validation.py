@@ -1,4 +1,4 @@
-"""A JSON document to a JobSpec: what can be known from the document alone.
+"""A JSON document to a JobSpec or a retry: what can be known from the document alone.
 
 Everything wrong is reported at once, each with a pointer and the remedy. Component names and parameters are
 checked in `catalogue`, against what workers published.
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from service.api.body import JsonBody
 from service.api.pointers import locate, pointer, suggestion
 from service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
-from service.contract.spec import JobSpec
+from service.contract.spec import JobSpec, RetryRequest
 from service.errors import FieldProblem, InvalidRequest
 
 _MOST_PROBLEMS = 50
@@ -38,10 +38,24 @@ def read_spec(body: JsonBody) -> JobSpec:
         spec = JobSpec.model_validate_json(body.raw, strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[:_MOST_PROBLEMS]
-        problems += [_field_problem(body.document, **_known_parts(one)) for one in found]
+        problems += [_field_problem(JobSpec, body.document, **_known_parts(one)) for one in found]
     if spec is None or problems:
         raise InvalidRequest("The job's specification is not valid.", problems)
     return spec
+
+
+def read_retry(body: JsonBody) -> RetryRequest:
+    """What `body` asks of a retry.
+
+    Raises:
+        InvalidRequest: as `read_spec`.
+    """
+    try:
+        return RetryRequest.model_validate_json(body.raw, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)[:_MOST_PROBLEMS]
+        problems = [_field_problem(RetryRequest, body.document, **_known_parts(one)) for one in found]
+        raise InvalidRequest("The body does not say where to retry from.", problems) from error
 
 
 def _unsupported_mode(document: dict[str, Any]) -> list[FieldProblem]:
@@ -61,13 +75,13 @@ def _known_parts(found: Any) -> dict[str, Any]:
 
 
 def _field_problem(
-    document: dict[str, Any], kind: str, loc: Sequence[str | int], message: str
+    model: type[BaseModel], document: dict[str, Any], kind: str, loc: Sequence[str | int], message: str
 ) -> FieldProblem:
     path = locate(document, loc, missing=kind in _ABSENT)
     if kind == "missing":
         return FieldProblem(pointer(*path), "is required")
     if kind == "extra_forbidden":
-        known = set(_fields_at(JobSpec, path[:-1]))
+        known = set(_fields_at(model, path[:-1]))
         return FieldProblem(pointer(*path), f"is no field of this object; {suggestion(str(path[-1]), known)}")
     detail = _SUBJECT.sub(lambda match: "must " if match[2] else "", message, count=1)
     detail = _UNREADABLE.sub(lambda match: f"{float(match[0]):g}", detail)

@@ -13,7 +13,7 @@ from service.api.wire import timestamp
 from service.store import jobs, metrics
 from service.store.components import ComponentInfo
 from service.store.events import Event
-from service.store.jobs import Job, Transition
+from service.store.jobs import Checkpoint, Job, Transition
 from service.store.metrics import Stats
 from service.store.workers import Worker
 
@@ -47,6 +47,7 @@ def job_document(job: Job, transitions: Sequence[Transition], stats: Stats) -> d
         "priority": job.priority,
         "tags": job.tags,
         "parent_id": job.parent_id,
+        "from_checkpoint": job.from_checkpoint,
         "worker": job.worker,
         "created_at": timestamp(job.created_at),
         "started_at": timestamp(job.started_at),
@@ -65,6 +66,17 @@ def stats_view(stats: Stats) -> dict[str, Any]:
         **{name: getattr(stats, name) for name in _STATS_FIELDS},
         "last_step_at": timestamp(stats.last_step_at),
         "updated_at": timestamp(stats.updated_at),
+    }
+
+
+def checkpoint_view(checkpoint: Checkpoint) -> dict[str, Any]:
+    """One checkpoint, without where it is kept."""
+    return {
+        "step": checkpoint.step,
+        "bytes": checkpoint.bytes,
+        "sha256": checkpoint.sha256,
+        "created_at": timestamp(checkpoint.created_at),
+        "metrics": checkpoint.metrics or {},
     }
 
 

@@ -20,7 +20,8 @@ from service.errors import HalfstepError
 # wait for SQLAlchemy and Alembic.
 OWNERS = {
     "service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "openapi"),
-    "service.cli.jobs": ("submit", "jobs", "stats", "watch", "cancel"),
+    "service.cli.jobs": ("submit", "jobs", "stats", "watch"),
+    "service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
     "service.cli.keys": ("keys",),
     "service.cli.health": ("health",),
 }

@@ -6,7 +6,8 @@ Knows the paths and field names of the HTTP contract; prints nothing.
 import ipaddress
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -142,6 +143,48 @@ class Api:
         """POST /jobs/{id}/cancel; the Job."""
         return self._json("POST", f"/jobs/{quote(job_id, safe='')}/cancel")
 
+    def pause(self, job_id: str) -> dict[str, Any]:
+        """POST /jobs/{id}/pause; the Job."""
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/pause")
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """POST /jobs/{id}/resume; the Job."""
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/resume")
+
+    def retry(
+        self, job_id: str, *, from_checkpoint: int | None = None, idempotency_key: str | None = None
+    ) -> dict[str, Any]:
+        """POST /jobs/{id}/retry; the new Job."""
+        body = {} if from_checkpoint is None else {"from_checkpoint": from_checkpoint}
+        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        return self._json("POST", f"/jobs/{quote(job_id, safe='')}/retry", body=body, headers=headers)
+
+    def checkpoints(self, job_id: str) -> dict[str, Any]:
+        """GET /jobs/{id}/checkpoints; `{items}`, newest first."""
+        return self._json("GET", f"/jobs/{quote(job_id, safe='')}/checkpoints")
+
+    @contextmanager
+    def model(
+        self, job_id: str, step: int, sha256: str, *, start: int
+    ) -> Iterator[tuple[int, int, Iterator[bytes]]]:
+        """GET /jobs/{id}/checkpoints/{step}/model from byte `start` on, if its sha256 is still this one.
+
+        Gives where the answer really begins, the size of the whole, and the bytes.
+        """
+        headers = {"range": f"bytes={start}-", "if-range": f'"{sha256}"'} if start else {}
+        try:
+            with self._http.stream("GET", _model(job_id, step), headers=headers) as answer:
+                if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    yield start, start, iter(())  # it had arrived to the last byte
+                    return
+                if answer.is_error:
+                    answer.read()
+                    raise _refusal(answer)
+                begin = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0
+                yield begin, begin + int(answer.headers.get("content-length", 0)), answer.iter_bytes()
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
     def resolve(self, prefix: str) -> str:
         """The one job id that starts with `prefix`.
 
@@ -202,13 +245,20 @@ class Api:
         try:
             answer = self._http.request(method, path, params=params, headers=all_headers, content=content)
         except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise ServerUnreachable(
-                f"no answer from {self.url} ({reason}); is it running (`halfstep up`), is HALFSTEP_URL right?"
-            ) from error
+            raise self._unreachable(error) from error
         if answer.is_error:
             raise _refusal(answer)
         return answer
+
+    def _unreachable(self, error: httpx.HTTPError) -> ServerUnreachable:
+        reason = str(error) or type(error).__name__
+        return ServerUnreachable(
+            f"no answer from {self.url} ({reason}); is it running (`halfstep up`), is HALFSTEP_URL right?"
+        )
+
+
+def _model(job_id: str, step: int) -> str:
+    return f"/jobs/{quote(job_id, safe='')}/checkpoints/{step}/model"
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The client's commands: submit, jobs, stats, watch, cancel. All of them speak HTTP only."""
+"""The client's commands that submit and show: submit, jobs, stats, watch. All of them speak HTTP only."""
 
 import json
 from typing import Annotated, Any
@@ -9,20 +9,11 @@ from rich.text import Text
 
 from service.cli.client import Api
 from service.cli.live import follow, view_for
+from service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
 from service.cli.render import jobs_table, print_wide, stats_table
 from service.cli.specfile import read_spec
 from service.contract.states import JobState
 
-Url = Annotated[
-    str | None, typer.Option("--url", help="Address of the service. [env: HALFSTEP_URL]", show_default=False)
-]
-Key = Annotated[
-    str | None, typer.Option("--key", help="API key (tk_…). [env: HALFSTEP_API_KEY]", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="The service's own documents, for programs.")]
-JobId = Annotated[
-    str, typer.Argument(metavar="ID", help="A job's id, or enough of its beginning to be the only one.")
-]
 SpecFile = Annotated[
     str, typer.Argument(metavar="FILE", help="The job as YAML or JSON; - reads standard input.")
 ]
@@ -30,9 +21,6 @@ Follow = Annotated[
     bool, typer.Option("--watch", "-w", help="Show progress, and leave with the job's outcome.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Have it checked and completed, and store nothing.")]
-IdempotencyKey = Annotated[
-    str | None, typer.Option(help="The same key and job again give the same job.", show_default=False)
-]
 States = Annotated[
     list[JobState] | None, typer.Option(help="Only these states; repeatable.", show_default=False)
 ]
@@ -45,7 +33,7 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    for command in (submit, jobs, stats, watch, cancel):
+    for command in (submit, jobs, stats, watch):
         app.command()(command)
 
 
@@ -118,16 +106,6 @@ def watch(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = Fal
     """Follow a job until it ends; the exit code is 0 only if it succeeded."""
     with Api(url, key) as api:
         _watch(api, api.resolve(job_id), _console(), as_json=as_json)
-
-
-def cancel(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = False) -> None:
-    """Cancel a job; a running one stops at its next step."""
-    with Api(url, key) as api:
-        job = api.cancel(api.resolve(job_id))
-    if as_json:
-        print(json.dumps(job))
-    else:
-        _console().print(f"{job['id']} {job['state']}", soft_wrap=True)
 
 
 def _console() -> Console:

@@ -129,6 +129,24 @@ def jobs_table(items: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def checkpoints_table(items: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a checkpoint."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("step", "size", "loss", "created"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("sha256", no_wrap=True)
+    for kept in items:
+        created = moment(kept.get("created_at"))
+        table.add_row(
+            str(kept["step"]),
+            size(kept.get("bytes")),
+            number((kept.get("metrics") or {}).get("loss")),
+            created.astimezone().strftime("%m-%d %H:%M:%S") if created else ABSENT,
+            str(kept.get("sha256", "")),
+        )
+    return table
+
+
 def steps(stats: Mapping[str, Any]) -> str:
     """`120/450`, or `120` where the length is not known."""
     current, total = stats.get("current_step"), stats.get("total_steps")

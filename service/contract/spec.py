@@ -1,4 +1,4 @@
-"""JobSpec: what a client asks to be trained, and how. Frozen, validated, no I/O.
+"""JobSpec: what a client asks to be trained, and how; and what it asks of a retry. Frozen, validated, no I/O.
 
 Component names and parameters are checked against the published catalogue elsewhere; here is
 everything that can be known from the document alone.
@@ -150,3 +150,11 @@ class JobSpec(_Block):
         if self.training.epochs is None and self.training.max_steps is None:
             return 1
         return self.training.epochs
+
+
+class RetryRequest(_Block):
+    """Where a retry begins."""
+
+    from_checkpoint: Count | None = Field(
+        default=None, description="Step of one of the job's checkpoints; null: from the start."
+    )

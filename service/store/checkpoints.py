@@ -1,13 +1,14 @@
 """References to checkpoints; the files themselves are the worker's.
 
-A reference is written under the fence, after the files are safe on disk.
+A reference is written under the fence, after the files are safe on disk. A retry refers to the files of the
+job that it goes on from: files may go when the last reference to them has gone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from service.store.clock import db_now
@@ -77,11 +78,40 @@ def checkpoints(s: Session, job_id: str) -> list[Checkpoint]:
     return [Checkpoint(*row) for row in found]
 
 
-def drop_checkpoint(s: Session, job_id: str, fence: int, step: int) -> None:
+def adopt_checkpoint(s: Session, job_id: str, kept: Checkpoint) -> None:
+    """Let a new job refer to a checkpoint of another, which the caller has locked."""
+    s.execute(insert(rows).values(job_id=job_id, **asdict(kept)))
+
+
+def drop_checkpoint(s: Session, job_id: str, fence: int, step: int) -> bool:
     """Forget the checkpoint of `step`, before its files are removed; nothing happens where there is none.
+
+    Returns whether its files may go: no other job refers to them.
 
     Raises:
         StaleFence: the job is held no longer under this fence.
     """
     lock_fenced(s, job_id, fence)
-    s.execute(delete(rows).where(rows.c.job_id == job_id, rows.c.step == step))
+    removable, _ = drop_checkpoints(s, job_id, step=step)
+    return bool(removable)
+
+
+def drop_checkpoints(s: Session, job_id: str, *, step: int | None = None) -> tuple[list[str], list[str]]:
+    """Forget the checkpoints of a job whose row the caller has locked, or the one of `step`.
+
+    Returns the paths that nobody refers to any more, and those that other jobs still do.
+    """
+    mine = rows.c.job_id == job_id
+    if step is not None:
+        mine &= rows.c.step == step
+    paths = set(s.scalars(select(rows.c.path).where(mine)))
+    # Locked in one order: of two jobs that drop the same files at once, the second sees that the first did.
+    named = s.execute(
+        select(rows.c.job_id, rows.c.path)
+        .where(rows.c.path.in_(sorted(paths)))
+        .order_by(rows.c.path, rows.c.job_id)
+        .with_for_update()
+    ).all()
+    s.execute(delete(rows).where(mine))
+    shared = {path for owner, path in named if owner != job_id}
+    return sorted(paths - shared), sorted(shared)

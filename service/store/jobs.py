@@ -1,7 +1,8 @@
-"""Jobs as clients see them: submit, look up, list, cancel, delete; and the door to the rest of a job's life.
+"""Jobs as clients see them: submit, look up, list, delete; and the door to the rest of a job's life.
 
-What a worker does under its lease is in `leases`, what the dispatcher does in `upkeep`, checkpoints in
-`checkpoints`; their functions are offered here too, so that callers need one name.
+What a client asks of one is in `control` and `retries`, what a worker does under its lease in `leases`, what
+the dispatcher does in `upkeep`, checkpoints in `checkpoints`; their functions are offered here too, so that
+callers need one name.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import func, insert, select, tuple_
@@ -18,10 +20,17 @@ from sqlalchemy.orm import Session
 
 from service.contract.precision import PrecisionLevel
 from service.contract.spec import JobSpec
-from service.contract.states import JobState, ReasonCode, RequestedAction
+from service.contract.states import JobState
 from service.errors import Conflict, InvalidRequest
-from service.store.checkpoints import Checkpoint, checkpoints, drop_checkpoint, record_checkpoint
+from service.store.checkpoints import (
+    Checkpoint,
+    checkpoints,
+    drop_checkpoint,
+    drop_checkpoints,
+    record_checkpoint,
+)
 from service.store.clock import db_now
+from service.store.control import request_cancel, request_pause, request_resume
 from service.store.leases import claim, finish, mark_running, release, renew
 from service.store.records import (
     JOB_COLUMNS,
@@ -32,12 +41,7 @@ from service.store.records import (
     job_from,
     known_shape,
     lock,
-    move,
     record_states,
-    status,
-)
-from service.store.tables import (
-    checkpoints as checkpoint_rows,
 )
 from service.store.tables import (
     idempotency_keys,
@@ -54,6 +58,7 @@ __all__ = [
     "Capability",
     "Checkpoint",
     "Job",
+    "Leftovers",
     "Requirements",
     "Transition",
     "active_seconds",
@@ -74,6 +79,8 @@ __all__ = [
     "release",
     "renew",
     "request_cancel",
+    "request_pause",
+    "request_resume",
     "requirements",
     "submit",
     "transitions",
@@ -118,12 +125,16 @@ def submit(
     idempotency_key: str | None = None,
     body_hash: str | None = None,
     parent_id: str | None = None,
+    from_checkpoint: int | None = None,
+    fence: int = 0,
+    why: str = "submitted",
     job_id: str | None = None,
 ) -> tuple[Job, bool]:
     """Store a queued job; returns it and whether this call created it.
 
     The same `idempotency_key` with the same `body_hash` (default: the spec's own) returns the job that is
     there. With a `job_id` of the caller's, drawn once, a repeat after an unknown commit creates nothing.
+    The fields of a retry are set by `retries`; its fences go on after `fence`.
 
     Raises:
         InvalidRequest: `idempotency_key_reused`, the key was used with another body.
@@ -148,13 +159,14 @@ def submit(
             spec=document,
             tags=spec.tags,
             parent_id=parent_id,
+            from_checkpoint=from_checkpoint,
             precedence=-spec.priority,
             attempt=1,
             max_attempts=spec.max_attempts,
             device=needs.device,
             needs_bf16=needs.needs_bf16,
             min_memory_bytes=needs.min_memory_bytes,
-            fence=0,
+            fence=fence,
             created_at=db_now(),
             queued_at=db_now(),
             publishes=0,
@@ -189,7 +201,7 @@ def submit(
             updated_at=db_now(),
         )
     )
-    record_states(s, job, [(JobState.QUEUED, "submitted")])
+    record_states(s, job, [(JobState.QUEUED, why)])
     return job, True
 
 
@@ -293,26 +305,16 @@ def list_jobs(
     return [job_from(row) for row in s.execute(query)]
 
 
-def request_cancel(s: Session, job_id: str, *, tenant: str | None) -> Job:
-    """Cancel a job: at once where nobody holds it, else by asking its worker. Repeating it changes nothing.
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """Checkpoints of a deleted job, as paths of its record: those that may go, those that other jobs name."""
 
-    Raises:
-        NotFound: there is no such job of this tenant's.
-        Conflict: it has already succeeded or failed.
-    """
-    job = lock(s, job_id, tenant=tenant)
-    if job.state in {JobState.CANCELLED, JobState.CANCELLING}:
-        return job
-    if job.state.is_terminal:
-        raise Conflict(f"the job has already {job.state}; a job that has ended cannot be cancelled")
-    if job.state.is_leased:
-        return move(s, job, JobState.CANCELLING, why="cancel requested", requested=RequestedAction.CANCEL)
-    reason = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request before it ran further.")
-    return move(s, job, JobState.CANCELLED, why="cancelled on request", status_reason=reason)
+    removable: list[str]
+    shared: list[str]
 
 
-def delete(s: Session, job_id: str, *, tenant: str | None) -> list[str]:
-    """Delete a job that has ended and its record; returns the paths of its checkpoints, to remove from disk.
+def delete(s: Session, job_id: str, *, tenant: str | None) -> Leftovers:
+    """Delete a job that has ended and its record; returns what is left of it on disk.
 
     Raises:
         NotFound: there is no such job of this tenant's.
@@ -321,14 +323,10 @@ def delete(s: Session, job_id: str, *, tenant: str | None) -> list[str]:
     job = lock(s, job_id, tenant=tenant)
     if not job.state.is_terminal:
         raise Conflict(f"the job is {job.state}; cancel it and wait for its end, then delete it")
-    paths = s.scalars(
-        select(checkpoint_rows.c.path)
-        .where(checkpoint_rows.c.job_id == job_id)
-        .order_by(checkpoint_rows.c.step)
-    ).all()
+    removable, shared = drop_checkpoints(s, job_id)
     if s.execute(sql_delete(jobs).where(jobs.c.id == job_id).returning(jobs.c.id)).one_or_none() is None:
         raise absent(job_id)
-    return list(paths)
+    return Leftovers(removable, shared)
 
 
 def counts(s: Session) -> dict[JobState, int]:

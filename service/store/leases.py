@@ -91,7 +91,9 @@ def renew(
 
 
 def mark_running(s: Session, job_id: str, fence: int) -> None:
-    """The job's process trains now. A job that was asked to stop meanwhile stays as it is.
+    """The job's process trains now. A job that was asked to cancel meanwhile stays as it is.
+
+    One that was asked to pause while it started is `pausing` as soon as it runs.
 
     Raises:
         StaleFence: the job is held no longer under this fence.
@@ -99,7 +101,9 @@ def mark_running(s: Session, job_id: str, fence: int) -> None:
     job = _held(s, job_id, fence)
     if job.state is not JobState.STARTING:
         return
-    move(s, job, JobState.RUNNING, why=None, started_at=func.coalesce(jobs.c.started_at, db_now()))
+    job = move(s, job, JobState.RUNNING, why=None, started_at=func.coalesce(jobs.c.started_at, db_now()))
+    if job.requested is RequestedAction.PAUSE:
+        move(s, job, JobState.PAUSING, why="pause requested while it started")
 
 
 def finish(s: Session, job_id: str, fence: int, state: JobState, reason: Mapping[str, Any] | None) -> Job:
@@ -142,7 +146,7 @@ def release(
         StaleFence: the job is held no longer under this fence.
     """
     job = lock(s, job_id, tenant=None)
-    if job.fence == fence and job.state is JobState.QUEUED:
+    if job.fence == fence and job.state in {JobState.QUEUED, JobState.PAUSED}:
         return job
     if job.fence != fence or not job.state.is_leased:
         raise stale(job_id, fence)
@@ -155,10 +159,11 @@ def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted
         return move(s, job, JobState.CANCELLED, why=f"cancelled; {why}", status_reason=_CANCELLED)
     if job.state is JobState.PAUSING:
         return move(s, job, JobState.PAUSED, why=why)
-    if not charge_attempt:
-        return move(s, job, JobState.QUEUED, why=why)
-    if job.attempt < job.max_attempts:
-        return move(s, job, JobState.QUEUED, why=why, attempt=job.attempt + 1)
+    if not charge_attempt or job.attempt < job.max_attempts:
+        queued = move(s, job, JobState.QUEUED, why=why, attempt=job.attempt + int(charge_attempt))
+        if job.requested is RequestedAction.PAUSE:
+            return move(s, queued, JobState.PAUSED, why="paused as was requested while it started")
+        return queued
     attempts = "its only attempt" if job.max_attempts == 1 else f"each of its {job.max_attempts} attempts"
     what, remedy = _EXHAUSTED.get(exhausted, _EXHAUSTED[ReasonCode.WORKER_LOST])
     reason = status(exhausted, f"The job {what} in {attempts}. {remedy}", why)

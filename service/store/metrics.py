@@ -1,4 +1,4 @@
-"""The step record and its summary: append, truncate and read steps; one row that tells how a job goes.
+"""The step record and its summary: append, truncate, hand on and read steps; one row of how a job goes.
 
 Steps are kept in columnar chunks (`chunks`) that together are exactly 1..current_step. Every write is
 fenced and updates the summary in the same transaction.
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
@@ -27,6 +27,7 @@ __all__ = [
     "append",
     "downsample",
     "evaluated",
+    "inherit",
     "opened",
     "read",
     "summaries",
@@ -48,6 +49,20 @@ _NEWEST = (
     "memory_allocated_bytes",
     "memory_reserved_bytes",
     "compute_dtype",
+)
+
+
+# Of the summary, what no job inherits: its identity, and how far its own events and batches are.
+_OWN = frozenset(
+    {
+        "job_id",
+        "version",
+        "last_event",
+        "last_transition",
+        "batch_fence",
+        "batch_first_step",
+        "updated_at",
+    }
 )
 
 
@@ -153,13 +168,45 @@ def truncate_after(s: Session, job_id: str, fence: int, step: int) -> int:
     if step < 0:
         raise ValueError(f"a record cannot be cut at step {step}")
     lock_fenced(s, job_id, fence)
+    seen, values = _cut_back(s, job_id, step)
+    if values:
+        _update(s, job_id, fence, seen, values)
+    return max(0, seen - step)
+
+
+def inherit(s: Session, job_id: str, *, source_id: str, step: int) -> None:
+    """Give a job that has no record yet that of another up to `step`, with its summary as it was there.
+
+    Nobody may hold either of the two meanwhile: the caller has one locked, and has just made the other.
+    """
+    copied = [column for column in metric_chunks.columns if column.name != "job_id"]
+    chunks_of_source = select(literal(job_id, metric_chunks.c.job_id.type), *copied).where(
+        metric_chunks.c.job_id == source_id, metric_chunks.c.first_step <= step
+    )
+    s.execute(
+        insert(metric_chunks).from_select(["job_id", *(column.name for column in copied)], chunks_of_source)
+    )
+    summary = s.execute(
+        select(*(column for column in job_stats.columns if column.name not in _OWN)).where(
+            job_stats.c.job_id == source_id
+        )
+    )
+    s.execute(update(job_stats).where(job_stats.c.job_id == job_id).values(**summary.mappings().one()))
+    _, values = _cut_back(s, job_id, step)
+    if values:
+        s.execute(update(job_stats).where(job_stats.c.job_id == job_id).values(**values))
+
+
+def _cut_back(s: Session, job_id: str, step: int) -> tuple[int, dict[str, Any]]:
+    """Remove the chunks beyond `step`; returns the last step there was, and the summary's new values."""
     stored = s.execute(
         select(job_stats.c.current_step, job_stats.c.last_overflow, job_stats.c.evaluation).where(
             job_stats.c.job_id == job_id
         )
     ).one()
-    if stored.current_step <= step:
-        return 0
+    seen = int(stored.current_step)
+    if seen <= step:
+        return seen, {}
     s.execute(
         delete(metric_chunks).where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step > step)
     )
@@ -179,8 +226,7 @@ def truncate_after(s: Session, job_id: str, fence: int, step: int) -> int:
         )
     if stored.evaluation is not None and stored.evaluation["step"] > step:
         values["evaluation"] = None
-    _update(s, job_id, fence, stored.current_step, values)
-    return int(stored.current_step) - step
+    return seen, values
 
 
 _TOTALS = tuple(job_stats.c[name] for name in Totals._fields)

@@ -39,6 +39,7 @@ class Job:
     priority: int
     tags: dict[str, str]
     parent_id: str | None
+    from_checkpoint: int | None  # the step of the parent's that it went on from
     worker: str | None  # the name of the worker that holds or last held it
     fence: int
     created_at: float
@@ -68,6 +69,7 @@ JOB_COLUMNS = (
     jobs.c.precedence,
     jobs.c.tags,
     jobs.c.parent_id,
+    jobs.c.from_checkpoint,
     jobs.c.worker,
     jobs.c.fence,
     jobs.c.created_at,
@@ -91,6 +93,7 @@ def job_from(row: AnyRow) -> Job:
         priority=-row.precedence,
         tags=row.tags,
         parent_id=row.parent_id,
+        from_checkpoint=row.from_checkpoint,
         worker=row.worker,
         fence=row.fence,
         created_at=row.created_at,

@@ -109,6 +109,8 @@ jobs = Table(
     Column("spec", JsonText, nullable=False),
     Column("tags", JsonText, nullable=False),
     Column("parent_id", _Id, ForeignKey("jobs.id", ondelete="SET NULL")),
+    # The step of the parent's checkpoint that a retry goes on from; NULL: from the start, or no retry.
+    Column("from_checkpoint", BigInteger),
     # The lower goes first: -priority, so that one ascending index is the order of claims.
     Column("precedence", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
@@ -297,6 +299,8 @@ checkpoints = Table(
     PrimaryKeyConstraint("job_id", "step"),
     CheckConstraint("step >= 0", name="step_not_negative"),
     CheckConstraint("length(sha256) = 64", name="sha256_is_hex"),
+    # Retries name the files of the job that they go on from: who drops a reference asks for the others.
+    Index("checkpoints_by_path", "path"),
 )
 
 workers = Table(

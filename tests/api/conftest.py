@@ -1,5 +1,6 @@
 """A server over a migrated database of each kind, on loopback, with a small published catalogue."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from service import queue
 from service.api import create_app
 from service.contract.metrics import LiveStats, StepMetrics
 from service.settings import Settings
+from service.storage import MODEL_FILE
 from service.store import components, jobs, metrics, workers
 from service.store.database import Database
 from tests.databases import _migrated_file, _migrated_postgres, database, database_url
@@ -83,8 +85,8 @@ def client(bare_client: TestClient, database: Database) -> TestClient:
 class Trainer:
     """What a worker would do to a job, straight in the store."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, data_dir: Path) -> None:
+        self._database, self._data_dir = database, data_dir
 
     def claim(self, job_id: str) -> int:
         """Take the job to running; returns its fence."""
@@ -101,6 +103,25 @@ class Trainer:
             metrics.append(
                 session, job_id, fence, [step_row(step, **changes) for step in range(first, last + 1)], LIVE
             )
+
+    def checkpoint(self, job_id: str, fence: int, step: int, weights: bytes = b"weights") -> Path:
+        """Leave a checkpoint on disk and refer to it; returns its directory."""
+        path = f"jobs/{job_id}/checkpoints/fence-{fence:06d}-step-{step:010d}"
+        place = self._data_dir / path
+        place.mkdir(parents=True)
+        (place / MODEL_FILE).write_bytes(weights)
+        with self._database.begin() as session:
+            jobs.record_checkpoint(
+                session,
+                job_id,
+                fence,
+                step=step,
+                path=path,
+                bytes=len(weights),
+                sha256=hashlib.sha256(weights).hexdigest(),
+                metrics={"loss": 0.5},
+            )
+        return place
 
     def end(
         self, job_id: str, fence: int, state: jobs.JobState = jobs.JobState.SUCCEEDED, **reason: str
@@ -147,8 +168,8 @@ def step_row(step: int, **changes: Any) -> StepMetrics:
 
 
 @pytest.fixture
-def trainer(database: Database) -> Trainer:
-    return Trainer(database)
+def trainer(database: Database, settings: Settings) -> Trainer:
+    return Trainer(database, settings.data_dir)
 
 
 @pytest.fixture

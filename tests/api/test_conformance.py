@@ -37,8 +37,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         workers.register(session, worker_id="w1", name="w", pid=1, capability=CPU, versions={}, slots=1)
         job, _ = jobs.submit(session, tenant="t", spec=JobSpec.model_validate(SPEC))
         _, secret = keys.create(session, tenant="t", name="k", scopes=("admin",), expires_at=None)
-    trainer = Trainer(database)
-    trainer.steps(job.id, trainer.claim(job.id), 1, 20, loss=float("inf"))
+    trainer = Trainer(database, directory)
+    fence = trainer.claim(job.id)
+    trainer.steps(job.id, fence, 1, 20, loss=float("inf"))
+    trainer.checkpoint(job.id, fence, 20)
     app = create_app(
         Settings(data_dir=directory, database_url=url, broker_url="redis://127.0.0.1:1/0"), database
     )

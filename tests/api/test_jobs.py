@@ -26,8 +26,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 JOB_FIELDS = {
     "id", "name", "state", "is_terminal", "status_reason", "spec", "attempt", "max_attempts",
-    "priority", "tags", "parent_id", "worker", "created_at", "started_at", "finished_at", "transitions",
-    "stats",
+    "priority", "tags", "parent_id", "from_checkpoint", "worker", "created_at", "started_at",
+    "finished_at", "transitions", "stats",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from service.api import create_app, examples, schemas
 from service.api.export import render
-from service.contract.spec import JobSpec
+from service.contract.spec import JobSpec, RetryRequest
 from service.settings import Settings
 
 from .conftest import Trainer
@@ -58,7 +58,8 @@ def test_every_operation_declares_its_failures_and_has_an_example(document: dict
         needed = {"422", "500"} if path.startswith("/health") else {"401", "403", "422", "500", "503"}
         needed |= {"404"} if "{job_id}" in path else set()
         needed |= {"400", "413", "415"} if (method, path) == ("post", "/jobs") else set()
-        needed |= {"409"} if method == "delete" or path.endswith("/cancel") else set()
+        steers = path.endswith(("/cancel", "/pause", "/resume", "/retry"))
+        needed |= {"409"} if method == "delete" or steers else set()
         assert needed <= set(operation["responses"]), name
         assert operation["summary"], name
         assert operation["description"], name
@@ -76,16 +77,18 @@ def test_every_operation_declares_its_failures_and_has_an_example(document: dict
         (schemas.Stats, examples.STATS),
         (schemas.MetricsPage, examples.METRICS),
         (schemas.EventPage, examples.EVENTS),
+        (schemas.Checkpoint, examples.CHECKPOINT),
         (schemas.Component, examples.COMPONENT),
         (schemas.Worker, examples.WORKER),
         (schemas.Problem, examples.PROBLEM),
         (schemas.DryRun, examples.RESOLVED),
+        *((RetryRequest, example["value"]) for example in examples.RETRIES.values()),
         *((JobSpec, example["value"]) for example in examples.SUBMISSIONS.values()),
     ],
 )
 def test_every_example_is_of_its_schema(model: type[BaseModel], example: dict[str, Any]) -> None:
     TypeAdapter(model).validate_json(json.dumps(example))
-    if not issubclass(model, JobSpec):
+    if not issubclass(model, JobSpec | RetryRequest):
         assert set(example) == {field.alias or name for name, field in model.model_fields.items()}
 
 
@@ -104,6 +107,7 @@ def test_real_answers_are_of_their_schemas(
     job_id = submit(tags={"a": "b"})
     fence = trainer.claim(job_id)
     trainer.steps(job_id, fence, 1, 3, loss=float("nan"), overflow=True)
+    trainer.checkpoint(job_id, fence, 3)
     trainer.end(
         job_id,
         fence,
@@ -118,6 +122,7 @@ def test_real_answers_are_of_their_schemas(
         (f"/jobs/{job_id}/metrics", "MetricsPage"),
         (f"/jobs/{job_id}/metrics?max_points=1", "MetricsPage"),
         (f"/jobs/{job_id}/events", "EventPage"),
+        (f"/jobs/{job_id}/checkpoints", "CheckpointList"),
         ("/jobs", "JobPage"),
         ("/components", "ComponentList"),
         ("/workers", "WorkerList"),

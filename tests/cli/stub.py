@@ -22,11 +22,12 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What to send back; `body` as JSON unless it is text already."""
+    """What to send back; `body` as JSON unless it is text already. `promised`: bytes said to come."""
 
     status: int = 200
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
+    promised: int | None = None
 
 
 class Stub:
@@ -55,7 +56,7 @@ class Stub:
                 self.send_response(reply.status)
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
-                self.send_header("content-length", str(len(payload)))
+                self.send_header("content-length", str(reply.promised or len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
 

@@ -52,6 +52,8 @@ def test_every_edge_of_the_table_is_taken_and_every_other_refused(database: Data
 FINISHES = [state for state in JobState if state.is_terminal or state is JobState.PAUSED]
 CALLS: dict[str, Callable[[Session, jobs.Job], Any]] = {
     "cancel": lambda s, job: jobs.request_cancel(s, job.id, tenant="acme"),
+    "pause": lambda s, job: jobs.request_pause(s, job.id, tenant="acme"),
+    "resume": lambda s, job: jobs.request_resume(s, job.id, tenant="acme"),
     "run": lambda s, job: jobs.mark_running(s, job.id, job.fence),
     "drain": lambda s, job: jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained"),
     "lose": lambda s, job: jobs.release(s, job.id, job.fence, charge_attempt=True, why="lost"),
@@ -342,7 +344,7 @@ def test_deleting_leaves_nothing_but_other_jobs(database: Database) -> None:
     with database.begin() as s:
         jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
     with database.begin() as s:
-        assert jobs.delete(s, job.id, tenant="acme") == ["/c/1", "/c/3"]
+        assert jobs.delete(s, job.id, tenant="acme") == jobs.Leftovers(["/c/1", "/c/3"], [])
     with database.read() as s:
         assert jobs.get(s, child.id, tenant="acme").parent_id is None
         for table in (

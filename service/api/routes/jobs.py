@@ -1,34 +1,32 @@
-"""Jobs: submit, list, look at, cancel, delete. Progress has its own files."""
+"""Jobs: submit, list, look at, delete. Control, progress and checkpoints have their own files."""
 
 import base64
 import binascii
 import json
-import shutil
 from collections.abc import Sequence
 from http import HTTPStatus
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import structlog
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from service import queue
 from service.api.access import Reader, Submitter
 from service.api.body import JsonBody, read_json_body
 from service.api.context import ContextDep
 from service.api.examples import SUBMISSIONS
 from service.api.openapi import declares, json_body
-from service.api.parameters import PRINTABLE, JobPath, KnownQuery
+from service.api.parameters import PRINTABLE, IdempotencyKey, JobPath, KnownQuery
 from service.api.schemas import DryRun, Job, JobPage
 from service.api.submission import prepare
 from service.api.validation import read_spec
 from service.api.views import job_view, job_views
+from service.api.wakeup import wake_worker
 from service.api.wire import json_answer, json_bytes
 from service.contract.states import JobState
-from service.settings import Settings
+from service.storage import storage
 from service.store import events
 from service.store import jobs as store
 from service.store.records import known_shape
@@ -65,15 +63,7 @@ def submit_job(
     caller: Submitter,
     body: Annotated[JsonBody, Depends(_body)],
     dry_run: Annotated[bool, Query(description="Check everything, store nothing.")] = False,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=255,
-            pattern=r"^[\x21-\x7e]+$",
-            description="The same key and body give the same job; another body is refused.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Submit a job.
 
@@ -108,7 +98,7 @@ def submit_job(
 
     stored_id, answer, created = context.database.retry(store_it)
     if created:
-        _wake_worker(context.settings, stored_id)
+        wake_worker(context.settings, stored_id)
     return Response(
         answer,
         status_code=HTTPStatus.ACCEPTED,
@@ -124,17 +114,6 @@ def _record_warnings(session: Session, job_id: str, warnings: Sequence[str]) -> 
     for warning in warnings:
         if warning not in recorded:
             events.append(session, job_id, type="warning", level="warning", message=warning)
-
-
-def _wake_worker(settings: Settings, job_id: str) -> None:
-    """Tell the queue. The job is committed: no failure here may reach the client."""
-    try:
-        sent = queue.enqueue(settings, job_id)
-    except Exception:  # noqa: BLE001  # whatever it is, the dispatcher sends what this could not
-        _log.exception("enqueue_failed", job_id=job_id)
-    else:
-        if not sent:
-            _log.warning("enqueue_failed", job_id=job_id, reason="the broker did not take the message")
 
 
 @router.get("", response_model=JobPage, responses=declares())
@@ -175,24 +154,6 @@ def get_job(context: ContextDep, caller: Reader, job_id: JobPath) -> Response:
     return json_answer(view)
 
 
-@router.post(
-    "/{job_id}/cancel",
-    response_model=Job,
-    responses=declares(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
-)
-def cancel_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Response:
-    """Cancel a job; asking again changes nothing.
-
-    A queued job is cancelled at once. One that a worker holds stops at its next step; if it ends before, it
-    keeps its real outcome. A job that has succeeded or failed is a conflict.
-    """
-
-    def cancel(session: Session) -> dict[str, Any]:
-        return job_view(session, store.request_cancel(session, job_id, tenant=caller.tenant))
-
-    return json_answer(context.database.retry(cancel))
-
-
 @router.delete(
     "/{job_id}",
     status_code=HTTPStatus.NO_CONTENT,
@@ -202,31 +163,18 @@ def cancel_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
 def delete_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Response:
     """Delete a terminal job with its record, events and checkpoints. Any other state is a conflict."""
 
-    def delete(session: Session) -> list[str]:
+    def delete(session: Session) -> store.Leftovers:
         return store.delete(session, job_id, tenant=caller.tenant)
 
-    paths = context.database.retry(delete)
+    left = context.database.retry(delete)
+    files = storage(context.settings)
     # Workers that share this disk keep everything of a job in this directory.
-    for left in (*paths, f"jobs/{job_id}"):
-        _remove(context.settings.data_dir, Path(left))
+    for path in (*left.removable, f"jobs/{job_id}"):
+        try:
+            files.remove(path, keep=left.shared)
+        except OSError as error:
+            _log.error("path_not_removed", path=path, error=str(error))
     return Response(status_code=HTTPStatus.NO_CONTENT)
-
-
-def _remove(data_dir: Path, left: Path) -> None:
-    """Remove what a job left on disk. Only below the data directory, whatever a record says."""
-    place = (data_dir / left).resolve()
-    if place == data_dir or not place.is_relative_to(data_dir):
-        _log.error("path_outside_data_dir", path=str(left))
-        return
-    try:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink()
-    except FileNotFoundError:
-        pass  # workers on other hosts keep theirs
-    except OSError as error:
-        _log.error("path_not_removed", path=str(place), error=str(error))
 
 
 def _cursor(job: store.Job) -> str:
