@@ -12,8 +12,10 @@ from types import FrameType
 
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from service.errors import HalfstepError, StoreUnavailable
+from service.faultpoints import reach
 from service.logs import configure
 from service.queue import enqueue
 from service.settings import Settings
@@ -32,7 +34,7 @@ def one_round(settings: Settings, database: Database) -> None:
     Raises:
         StoreUnavailable: The database is away; the next round tries again.
     """
-    for job in database.retry(jobs.reap):
+    for job in database.retry(_reap):
         log.warning("lease expired", job_id=job.id, state=job.state, attempt=job.attempt)
     for job in database.retry(
         lambda s: jobs.fail_without_worker(
@@ -46,9 +48,17 @@ def one_round(settings: Settings, database: Database) -> None:
         if not enqueue(settings, job_id):
             break
         sent.append(job_id)
+        reach("dispatch.after_send")
     if sent:
         database.retry(lambda s: jobs.mark_published(s, sent))
         log.debug("sent again", jobs=len(sent))
+
+
+def _reap(session: Session) -> list[jobs.Job]:
+    given_back = jobs.reap(session)
+    if given_back:
+        reach("reap.before_commit")
+    return given_back
 
 
 def run(settings: Settings, stop: threading.Event) -> None:

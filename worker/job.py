@@ -14,6 +14,7 @@ from service.contract.spec import JobSpec
 from service.contract.speed import DtypeSpeed
 from service.contract.states import ReasonCode
 from service.errors import StaleFence
+from service.faultpoints import reach
 from service.settings import Settings
 from service.store import events
 from service.store.database import Database
@@ -79,6 +80,7 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
         elapsed_seconds=order.elapsed_seconds,
         speeds={dtype: DtypeSpeed.model_validate(speed) for dtype, speed in order.speeds.items()},
     )
+    reach("child.ordered")
     try:
         return _train(config, reporter, asked)
     except StaleFence as error:
@@ -113,6 +115,7 @@ def _train(config: RunConfig, reporter: Reporter, asked: Asked) -> Done:
         return Done(outcome="failed", step=0, reason=reason)
     # Nothing is terminal before its whole record is stored.
     reporter.close()
+    reach("child.before_done")
     if outcome.stopped is None:
         return Done(outcome="finished", step=outcome.step)
     match outcome.stopped:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.errors import StoreUnavailable
+from service.faultpoints import reach
 from service.store import events, jobs, metrics
 from service.store.database import Database
 from worker.training import checkpoint
@@ -75,6 +76,7 @@ class Reporter:
         def write(session: Session) -> None:
             jobs.mark_running(session, job, fence)
             metrics.opened(session, job, fence, total_steps=total_steps)
+            reach("opened.before_commit")
 
         self._put(write)
         self._on_progress(0, 0.0)
@@ -85,6 +87,7 @@ class Reporter:
 
         def write(session: Session) -> None:
             removed = metrics.truncate_after(session, job, fence, step)
+            reach("resume.before_commit")
             if step or removed:
                 message = f"resumed after step {step}" if step else "started again from the beginning"
                 data = {"step": step, "steps_repeated": removed}
@@ -94,6 +97,7 @@ class Reporter:
 
         self._put(write)
         self._drain()
+        reach("resume.after_commit")
 
     def steps(self, rows: Sequence[StepMetrics], live: LiveStats) -> None:
         """Finished steps, contiguous and in order; waits only when the buffer is full."""
@@ -131,6 +135,8 @@ class Reporter:
         """A checkpoint is safely on disk: refer to it. Queued behind the rows that led to it."""
         job, fence = self._job_id, self._fence
 
+        reach("checkpoint.before_reference")
+
         def write(session: Session) -> None:
             jobs.record_checkpoint(
                 session,
@@ -148,7 +154,7 @@ class Reporter:
                 session, job, type="checkpoint", level="info", message=message, data=data, fence=fence
             )
 
-        self._put(write)
+        self._put(write, then=lambda: reach("checkpoint.after_reference"))
 
     def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
         """Drop these references, then the files that no other job refers to.
@@ -164,6 +170,7 @@ class Reporter:
             ]
 
         def remove_files() -> None:
+            reach("checkpoint.before_removal")
             try:
                 checkpoint.remove(removable)
             except TrainingFailure as error:  # costs disk space, not the job
@@ -233,7 +240,12 @@ class Reporter:
             live = self._queue[0].live
             self._queue.popleft()
         job, fence = self._job_id, self._fence
-        return _Transaction(lambda s: metrics.append(s, job, fence, rows, live)), len(rows)
+
+        def write(session: Session) -> None:
+            metrics.append(session, job, fence, rows, live)
+            reach("report.before_commit")
+
+        return _Transaction(write, lambda: reach("report.after_commit")), len(rows)
 
     def _store(self, write: Write) -> None:
         away_since: float | None = None

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from service.contract.states import JobState, ReasonCode, RequestedAction
 from service.errors import StaleFence, StoreUnavailable
+from service.faultpoints import reach
 from service.queue import RUN_JOB
 from service.settings import Settings
 from service.store import events, jobs
@@ -75,6 +76,7 @@ class Runner:
         with self._lock:
             for child in self._running.values():
                 child.inbox.put(StopRequested("drain"))
+        reach("drain.asked")
 
     def close(self) -> None:
         """End what still runs or waits. After `drain` and its grace."""
@@ -107,19 +109,25 @@ class Runner:
 
     def _claim(self, hint: str | None) -> jobs.Job | None:
         def claim(session: Session) -> jobs.Job | None:
-            return jobs.claim(
+            job = jobs.claim(
                 session,
                 worker_id=self._worker_id,
                 capability=self._capability,
                 lease_seconds=self._settings.lease_seconds,
                 hint=hint,
             )
+            if job is not None:
+                reach("claim.before_commit")
+            return job
 
         try:
-            return self._database.retry(claim)
+            claimed = self._database.retry(claim)
         except StoreUnavailable as error:
             log.warning("nothing claimed: the database is away", error=str(error))
             return None
+        if claimed is not None:
+            reach("claim.after_commit")
+        return claimed
 
     def _run(self, slot: Slot, job: jobs.Job) -> None:
         log.info("job claimed", name=job.name, fence=job.fence)
@@ -142,7 +150,10 @@ class Runner:
         try:
             if self._draining.is_set():
                 child.inbox.put(StopRequested("drain"))
-            child.order(self._order(slot, job))
+            order = self._order(slot, job)
+            reach("order.before")
+            child.order(order)
+            reach("order.after")
             graces = Graces(drain=self._settings.drain_seconds)
             ending = supervise(
                 child,
@@ -196,15 +207,19 @@ class Runner:
                     data={"last_words": ending.last_words[-8000:], "returncode": ending.returncode},
                     fence=job.fence,
                 )
-            return write(session)
+            after = write(session)
+            reach("conclude.before_commit")
+            return after
 
         try:
+            reach("conclude.before")
             after = self._database.retry(conclude, seconds=self._settings.lease_seconds)
         except StaleFence:
             log.warning("the job belongs to another attempt; its end was not written")
         except StoreUnavailable as error:
             log.error("the job's end could not be written; it runs again after its lease", error=str(error))
         else:
+            reach("conclude.after_commit")
             log.info(
                 "job ended",
                 state=str(after.state),

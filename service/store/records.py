@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import structlog
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy.orm import Session
 
@@ -16,6 +17,8 @@ from service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, R
 from service.errors import Conflict, NotFound, StaleFence
 from service.store.clock import db_now
 from service.store.tables import job_events, job_stats, job_transitions, jobs
+
+log = structlog.get_logger(__name__)
 
 AnyRow: TypeAlias = Row[*tuple[Any, ...]]
 
@@ -258,7 +261,8 @@ def absent(job_id: str) -> NotFound:
 
 
 def stale(job_id: str, fence: int) -> StaleFence:
-    """The error for a write under an old fence."""
+    """The error for a write under an old fence; told in the log too, so that operators can count zombies."""
+    log.warning("stale fence", job_id=job_id, fence=fence)
     return StaleFence(f"job {job_id} is no longer held under fence {fence}; nothing was written")
 
 

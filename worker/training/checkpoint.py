@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from service.faultpoints import reach
 from worker.training.errors import CheckpointDamaged, StorageFailed
 
 WEIGHTS_FILE = "model.safetensors"
@@ -129,11 +130,13 @@ def save(
             STATE_FILE: _write(target / STATE_FILE, lambda path: torch.save(state, path)),
         }
         _sync_directory(target)
+        reach("checkpoint.before_manifest")
         manifest = {"version": VERSION, "fence": fence, "step": step, "files": files}
         text = json.dumps(manifest, indent=1, sort_keys=True)
         written = _write(target / MANIFEST_FILE, lambda path: path.write_text(text, encoding="utf-8"))
         _sync_directory(target)
         _sync_directory(directory)
+        reach("checkpoint.after_manifest")
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as RuntimeError, safetensors as its own error.
         shutil.rmtree(target, ignore_errors=True)
@@ -267,10 +270,13 @@ def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        reach("checkpoint.after_write")
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        reach("checkpoint.after_fsync")
         entry = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
         temporary.replace(path)
+        reach("checkpoint.after_rename")
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

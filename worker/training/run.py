@@ -16,6 +16,7 @@ from torch import nn
 from service.contract.metrics import LiveStats, StepMetrics
 from service.contract.spec import JobSpec
 from service.contract.speed import Speeds, slow_precision
+from service.faultpoints import reach
 from worker.amp import MixedPrecisionTrainer
 from worker.amp.telemetry import EngineEvent, StepRow
 from worker.training import checkpoint, environment, randomness
@@ -119,6 +120,7 @@ class Run:
     def take_step(self) -> None:
         """Train on the next group of micro-batches."""
         with translated(self._spec, f"step {self.step + 1}"):
+            reach("child.step")
             group = self._batches.group(self._position)
             self._unread.append(self._position)
             self._trainer.train_group(group)

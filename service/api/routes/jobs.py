@@ -26,6 +26,7 @@ from service.api.views import job_view, job_views
 from service.api.wakeup import wake_worker
 from service.api.wire import json_answer, json_bytes
 from service.contract.states import JobState
+from service.faultpoints import reach
 from service.storage import storage
 from service.store import events
 from service.store import jobs as store
@@ -94,11 +95,15 @@ def submit_job(
         )
         if created:
             _record_warnings(session, job.id, submission.warnings)
-        return job.id, json_bytes(job_view(session, job)), created
+        answer = json_bytes(job_view(session, job))
+        reach("submit.before_commit")
+        return job.id, answer, created
 
     stored_id, answer, created = context.database.retry(store_it)
+    reach("submit.after_commit")
     if created:
         wake_worker(context.settings, stored_id)
+    reach("submit.after_enqueue")
     return Response(
         answer,
         status_code=HTTPStatus.ACCEPTED,
