@@ -106,6 +106,8 @@ class Model:
         job = self._held(hold, missing=NotFound)
         if job.state == "starting":
             self._enter(job, "running")
+            if job.requested == "pause":
+                self._enter(job, "pausing")
 
     def append(self, hold: Hold, first: int, count: int) -> None:
         job = self._held(hold)
@@ -143,7 +145,7 @@ class Model:
 
     def release(self, hold: Hold, *, charge: bool) -> None:
         job = self._there(hold.job)
-        if job.fence == hold.fence and job.state == "queued":
+        if job.fence == hold.fence and job.state in {"queued", "paused"}:
             return
         self._held(hold)
         self._give_back(job, charge=charge)
@@ -170,6 +172,26 @@ class Model:
         else:
             self._enter(job, "cancelled")
 
+    def pause(self, job_id: str) -> None:
+        job = self._there(job_id)
+        match job.state:
+            case "queued":
+                self._enter(job, "paused")
+            case "running":
+                self._enter(job, "pausing")
+                job.requested = "pause"
+            case "starting":
+                job.requested = "pause"
+            case "cancelling" | "succeeded" | "failed" | "cancelled":
+                raise Conflict("too late")
+
+    def resume(self, job_id: str) -> None:
+        job = self._there(job_id)
+        if job.state == "paused":
+            self._enter(job, "queued")
+        elif job.requested is not None or job.state in {"pausing", *TERMINAL}:
+            raise Conflict("not now")
+
     def delete(self, job_id: str) -> None:
         if self._there(job_id).state not in TERMINAL:
             raise Conflict("not ended")
@@ -195,8 +217,11 @@ class Model:
         elif charge and job.attempt == job.max_attempts:
             self._enter(job, "failed")
         else:
+            asked = job.requested
             job.attempt += charge
             self._enter(job, "queued")
+            if asked == "pause":
+                self._enter(job, "paused")
 
     def _enter(self, job: ModelJob, state: str) -> None:
         if state not in EDGES[job.state]:

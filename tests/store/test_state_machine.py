@@ -47,7 +47,7 @@ WRITES = (
     "finish",
     "release",
 )
-REQUESTS = ("cancel", "delete")
+REQUESTS = ("cancel", "delete", *2 * ("pause",), *2 * ("resume",))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -91,7 +91,7 @@ class StoreMachine(RuleBasedStateMachine):
     def something_happens(self, number: int) -> None:
         """One rule: of many, hypothesis switches most off in a run, and few jobs would get far."""
         draw = random.Random(number)
-        match draw.choices(("submit", "claim", "write", "lose", "ask"), (2, 5, 16, 2, 2))[0]:
+        match draw.choices(("submit", "claim", "write", "lose", "ask"), (2, 5, 16, 2, 4))[0]:
             case "submit" if len(self.model.jobs) < 3:
                 self.submit(draw.randrange(2), draw.randint(1, 3), draw.choice((None, None, "a", "b")))
             case "write" if self.given:
@@ -229,6 +229,12 @@ class StoreMachine(RuleBasedStateMachine):
     def cancel(self, job_id: str) -> None:
         self.both(lambda: self.model.cancel(job_id), lambda s: jobs.request_cancel(s, job_id, tenant="acme"))
 
+    def pause(self, job_id: str) -> None:
+        self.both(lambda: self.model.pause(job_id), lambda s: jobs.request_pause(s, job_id, tenant="acme"))
+
+    def resume(self, job_id: str) -> None:
+        self.both(lambda: self.model.resume(job_id), lambda s: jobs.request_resume(s, job_id, tenant="acme"))
+
     def delete(self, job_id: str) -> None:
         self.both(lambda: self.model.delete(job_id), lambda s: jobs.delete(s, job_id, tenant="acme"))
 
@@ -267,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert written[job_id]["loss"] == job.rows
             assert current[job_id] == len(job.rows)
             assert {step: fence for i, step, fence in saved if i == job_id} == job.checkpoints
-            assert [data["fence"] for i, data in notes if i == job_id] == job.notes
+            assert [data["fence"] for i, data in notes if i == job_id and "fence" in data] == job.notes
             # What holds whatever the model believes.
             fence, before = self.seen[job_id]
             assert not violations(before, states)
@@ -281,10 +287,10 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_the_store_does_what_the_model_does(database: Database) -> None:
-    """Eighty short histories on each database; the same ones each time in CI."""
+    """Sixty short histories on each database; the same ones each time in CI."""
     drawn = 0 if os.environ.get("CI") == "true" else random.SystemRandom().randrange(2**32)
     number = int(os.environ.get("HALFSTEP_TEST_SEED") or drawn)
-    examples = int(os.environ.get("HALFSTEP_TEST_EXAMPLES") or 80)
+    examples = int(os.environ.get("HALFSTEP_TEST_EXAMPLES") or 60)
     print(f"HALFSTEP_TEST_SEED={number} HALFSTEP_TEST_EXAMPLES={examples}")
 
     @seed(number)
