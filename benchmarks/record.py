@@ -244,9 +244,6 @@ def _running(database: Database) -> Job:
     return job
 
 
-_RECORD = ("metric_chunks",)
-
-
 def _bytes(database: Database) -> int:
     """What the database takes: the file after a checkpoint, or every table with its indexes and TOAST."""
     if database.dialect == "sqlite":

@@ -1,25 +1,26 @@
 """The step record and its summary: append, truncate, hand on and read steps; one row of how a job goes.
 
-Steps are kept in columnar chunks (`chunks`) that together are exactly 1..current_step. Every write is
-fenced and updates the summary in the same transaction.
+The steps themselves are in `record_rows`, and are always exactly 1..current_step. Every write is fenced and
+updates steps and summary in one transaction.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import delete, insert, literal, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
 from service.errors import Conflict
-from service.store import chunks, events
+from service.store import events, record_rows
 from service.store.clock import db_now
-from service.store.reading import MetricPage, downsample, read
+from service.store.plots import downsample
+from service.store.reading import MetricPage, read
 from service.store.records import AnyRow, lock_fenced, stale
 from service.store.summary import Stats, summaries, summarise, versions
-from service.store.tables import job_stats, metric_chunks
-from service.store.totals import NEEDED, Totals
+from service.store.tables import job_stats
+from service.store.totals import Totals
 
 __all__ = [
     "MetricPage",
@@ -35,10 +36,6 @@ __all__ = [
     "truncate_after",
     "versions",
 ]
-
-# A batch shorter than this joins the chunk before it, up to this length: a slow job, which is flushed step
-# by step, must not end up with as many chunks as steps.
-CHUNK_STEPS = 256
 
 _NEWEST = (
     "loss",
@@ -96,8 +93,7 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
             f"the record ends at step {stored.current_step}, so a batch cannot begin at step {first}",
             code="steps_not_contiguous",
         )
-    totals = _totals(stored).after(columns)
-    _store(s, job_id, [list(column) for column in columns.values()], totals)
+    totals = record_rows.add(s, job_id, columns, _totals(stored))
     values = {
         **_summary(totals, columns),
         "current_step": last,
@@ -179,13 +175,7 @@ def inherit(s: Session, job_id: str, *, source_id: str, step: int) -> None:
 
     Nobody may hold either of the two meanwhile: the caller has one locked, and has just made the other.
     """
-    copied = [column for column in metric_chunks.columns if column.name != "job_id"]
-    chunks_of_source = select(literal(job_id, metric_chunks.c.job_id.type), *copied).where(
-        metric_chunks.c.job_id == source_id, metric_chunks.c.first_step <= step
-    )
-    s.execute(
-        insert(metric_chunks).from_select(["job_id", *(column.name for column in copied)], chunks_of_source)
-    )
+    record_rows.copy(s, source_id, job_id, step)
     summary = s.execute(
         select(*(column for column in job_stats.columns if column.name not in _OWN)).where(
             job_stats.c.job_id == source_id
@@ -207,16 +197,11 @@ def _cut_back(s: Session, job_id: str, step: int) -> tuple[int, dict[str, Any]]:
     seen = int(stored.current_step)
     if seen <= step:
         return seen, {}
-    s.execute(
-        delete(metric_chunks).where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step > step)
-    )
     values: dict[str, Any] = dict.fromkeys(
         (*_NEWEST, "current_scale", "steps_per_second", "samples_per_second", "last_step_at")
     )
-    totals = Totals()
-    newest = _newest_chunk(s, job_id)
-    if newest is not None:
-        totals, columns = _cut(s, job_id, newest, step)
+    totals, columns = record_rows.cut_back(s, job_id, step)
+    if columns is not None:
         values |= _summary(totals, columns) | {"current_scale": columns["scale"][-1]}
         del values["last_step_at"]
     values |= totals._asdict() | {"current_step": step, "batch_fence": None, "batch_first_step": None}
@@ -238,67 +223,6 @@ def _totals(row: AnyRow) -> Totals:
 
 def _summary(totals: Totals, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     return totals._asdict() | {name: columns[name][-1] for name in _NEWEST}
-
-
-def _store(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
-    """Insert the columns as a chunk, or join them to the newest one while both are short."""
-    count = len(columns[0])
-    if count < CHUNK_STEPS // 2:
-        tail = _newest_chunk(s, job_id)
-        if tail is not None and tail.last_step - tail.first_step + 1 + count <= CHUNK_STEPS:
-            before = chunks.decode(tail.payload, tail.first_step, METRIC_COLUMNS)
-            joined = [before[name] + column for name, column in zip(METRIC_COLUMNS, columns, strict=True)]
-            _replace(s, job_id, joined, totals)
-            return
-    s.execute(
-        insert(metric_chunks).values(
-            job_id=job_id,
-            first_step=columns[0][0],
-            last_step=columns[0][-1],
-            totals=totals.pack(),
-            payload=chunks.encode(columns),
-        )
-    )
-
-
-def _newest_chunk(s: Session, job_id: str) -> AnyRow | None:
-    return s.execute(
-        select(
-            metric_chunks.c.first_step,
-            metric_chunks.c.last_step,
-            metric_chunks.c.totals,
-            metric_chunks.c.payload,
-        )
-        .where(metric_chunks.c.job_id == job_id)
-        .order_by(metric_chunks.c.first_step.desc())
-        .limit(1)
-    ).one_or_none()
-
-
-def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, dict[str, list[Any]]]:
-    """End the newest chunk at `step`; returns the totals there and the columns that are left of it."""
-    columns = chunks.decode(newest.payload, newest.first_step, METRIC_COLUMNS)
-    if newest.last_step <= step:
-        return Totals.unpack(newest.totals), columns
-    kept = {name: values[: step - newest.first_step + 1] for name, values in columns.items()}
-    before = s.scalar(
-        select(metric_chunks.c.totals).where(
-            metric_chunks.c.job_id == job_id, metric_chunks.c.last_step == newest.first_step - 1
-        )
-    )
-    totals = (Totals() if before is None else Totals.unpack(before)).after(
-        {name: kept[name] for name in NEEDED}
-    )
-    _replace(s, job_id, list(kept.values()), totals)
-    return totals, kept
-
-
-def _replace(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
-    s.execute(
-        update(metric_chunks)
-        .where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step == columns[0][0])
-        .values(last_step=columns[0][-1], totals=totals.pack(), payload=chunks.encode(columns))
-    )
 
 
 def _update(s: Session, job_id: str, fence: int, seen_step: int, values: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
-"""Reading the step record: pages of whole steps, and buckets for plots. Nothing here writes."""
+"""Reading the step record: pages of whole steps. Plots are in `plots`; nothing here writes."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS
+from service.contract.metrics import METRIC_COLUMNS
 from service.errors import FieldProblem, InvalidRequest
 from service.store import chunks
 from service.store.records import absent, known_shape
@@ -19,9 +18,10 @@ from service.store.tables import job_stats, metric_chunks
 class MetricPage:
     """Columns of equal length, `step` first.
 
-    `last_step` is the newest step stored of the job; `next_after_step` goes on from here. In buckets each
-    column holds the value at the bucket's last step, `<column>_first`, `_min` and `_max` stand beside it (NaN
-    left out of min and max unless there is nothing else), and a flag's column counts it.
+    `last_step` is the newest step stored of the job; `next_after_step` goes on from here. In buckets, of
+    `bucket_steps` each, a column holds the value at the bucket's last step, `<column>_first`, `_min` and
+    `_max` stand beside it (NaN left out of min and max unless there is nothing else), and a flag's column
+    counts it.
     """
 
     columns: dict[str, list[Any]]
@@ -47,75 +47,24 @@ def read(
         NotFound: there is no such job.
         InvalidRequest: an unknown field.
     """
-    names = _names(fields)
-    newest = _newest_step(s, job_id)
+    names = known_names(fields)
+    newest = newest_step(s, job_id)
     begin = max(1, (after_step or 0) + 1, from_step or 1)
     end = min(begin + limit - 1, newest if to_step is None else min(to_step, newest))
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    for part in _parts(s, job_id, begin, end, names):
+    for part in parts(s, job_id, begin, end, names):
         for name in names:
             columns[name] += part[name]
     steps = columns["step"]
     return MetricPage(columns, len(steps), newest, steps[-1] if steps else begin - 1)
 
 
-def downsample(
-    s: Session,
-    job_id: str,
-    *,
-    from_step: int | None,
-    to_step: int | None,
-    max_points: int,
-    fields: Sequence[str] | None,
-) -> MetricPage:
-    """At most `max_points` buckets of equally many steps (the last may be short) over a range of steps.
+def known_names(fields: Sequence[str] | None) -> tuple[str, ...]:
+    """The columns to answer with, in their order, `step` always.
 
     Raises:
-        NotFound: there is no such job.
         InvalidRequest: an unknown field.
     """
-    names = _names(fields)
-    newest = _newest_step(s, job_id)
-    begin = max(1, from_step or 1)
-    end = newest if to_step is None else min(to_step, newest)
-    width = max(1, math.ceil((end - begin + 1) / max_points))
-    columns: dict[str, list[Any]] = {}
-    for name in names:
-        columns[name] = []
-        if name not in FLAG_COLUMNS and name != "step":
-            columns |= {f"{name}_{part}": [] for part in _BESIDE[: 1 if name == "compute_dtype" else 3]}
-    held: dict[str, list[Any]] = {name: [] for name in names}
-    for part in _parts(s, job_id, begin, end, names):
-        for name in names:
-            held[name] += part[name]
-        while len(held["step"]) >= width:
-            _close_bucket(columns, {name: held[name][:width] for name in names})
-            held = {name: held[name][width:] for name in names}
-    if held["step"]:
-        _close_bucket(columns, held)
-    steps = columns["step"]
-    return MetricPage(columns, len(steps), newest, steps[-1] if steps else begin - 1, width)
-
-
-_BESIDE = ("first", "min", "max")
-
-
-def _close_bucket(columns: dict[str, list[Any]], bucket: dict[str, list[Any]]) -> None:
-    for name, values in bucket.items():
-        if name in FLAG_COLUMNS:
-            columns[name].append(sum(values))
-            continue
-        columns[name].append(values[-1])
-        if name == "step":
-            continue
-        columns[f"{name}_first"].append(values[0])
-        if name != "compute_dtype":
-            known = [value for value in values if value == value] or values  # noqa: PLR0124  # NaN alone differs from itself
-            columns[f"{name}_min"].append(min(known))
-            columns[f"{name}_max"].append(max(known))
-
-
-def _names(fields: Sequence[str] | None) -> tuple[str, ...]:
     if fields is None:
         return METRIC_COLUMNS
     unknown = [name for name in fields if name not in METRIC_COLUMNS]
@@ -125,14 +74,19 @@ def _names(fields: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in METRIC_COLUMNS if name == "step" or name in fields)
 
 
-def _newest_step(s: Session, job_id: str) -> int:
+def newest_step(s: Session, job_id: str) -> int:
+    """The last step stored.
+
+    Raises:
+        NotFound: there is no such job.
+    """
     newest = s.scalar(select(job_stats.c.current_step).where(job_stats.c.job_id == known_shape(job_id)))
     if newest is None:
         raise absent(job_id)
     return int(newest)
 
 
-def _parts(
+def parts(
     s: Session, job_id: str, begin: int, end: int, names: Sequence[str]
 ) -> Iterator[dict[str, list[Any]]]:
     """The columns of begin..end, chunk by chunk."""

@@ -285,6 +285,20 @@ metric_chunks = Table(
     CheckConstraint("first_step >= 1 AND last_step >= first_step", name="steps_in_order"),
 )
 
+# Rows of entries for plots, each of a level and a fixed number of steps, written when the last of these is
+# and removed with it: a row that is there is complete and equals its steps.
+metric_rollups = Table(
+    "metric_rollups",
+    metadata,
+    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("level", Integer, nullable=False),
+    Column("first_step", BigInteger, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("job_id", "level", "first_step"),
+    CheckConstraint("level >= 1 AND first_step >= 1 AND last_step > first_step", name="steps_in_order"),
+)
+
 checkpoints = Table(
     "checkpoints",
     metadata,

@@ -19,7 +19,8 @@ from service.contract.metrics import (
 )
 from service.contract.states import JobState
 from service.errors import Conflict, InvalidRequest, NotFound, StaleFence
-from service.store import events, jobs, metrics
+from service.store import events, jobs, metrics, record_rows
+from service.store.chunks import CHUNK_STEPS
 from service.store.database import Database
 from service.store.tables import metric_chunks
 from tests.store.making import LIVE, claimed, running, step, steps, submitted
@@ -80,7 +81,7 @@ def newest_epoch(model: Sequence[StepMetrics]) -> list[StepMetrics]:
 @example(history=[("append", [step(1)] * 12), ("attempt", 0.5), ("append", [step(1)] * 3)], page=4)
 def test_the_record_equals_a_list(database: Database, history: list[tuple[str, Any]], page: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(metrics, "CHUNK_STEPS", 8)
+        patched.setattr(record_rows, "CHUNK_STEPS", 8)
         _play(database, history, page)
 
 
@@ -265,19 +266,19 @@ def test_nothing_is_written_once_a_job_has_ended(database: Database) -> None:
         metrics.append(s, job.id, job.fence, steps(1, 1), LIVE)
 
 
-def test_short_batches_share_a_chunk_and_long_ones_do_not(database: Database) -> None:
+def test_chunks_end_on_the_grid_however_long_the_batches(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        for number in range(1, metrics.CHUNK_STEPS + 11):
+        for number in range(1, CHUNK_STEPS + 11):
             metrics.append(s, job.id, job.fence, steps(number, number), LIVE)
-        metrics.append(s, job.id, job.fence, steps(267, 466), LIVE)
+        metrics.append(s, job.id, job.fence, steps(523, 1600), LIVE)
     with database.read() as s:
         sizes = s.scalars(
             select(metric_chunks.c.last_step - metric_chunks.c.first_step + 1).order_by(
                 metric_chunks.c.first_step
             )
         ).all()
-    assert sizes == [256, 10, 200]
+    assert sizes == [512, 512, 512, 64]
 
 
 def test_the_summary_tells_how_the_job_goes(database: Database) -> None:
