@@ -5,6 +5,16 @@ import pytest
 import torch
 
 from tests.amp.runs import OPTIMIZERS
+from worker.amp import step
+
+ENDINGS = ["in numbers", "in tensors"]
+
+
+@pytest.fixture(params=ENDINGS)
+def ending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways for a step to end: as on a CPU, and as on a GPU, whose tensors the host does not see."""
+    if request.param == "in tensors":
+        monkeypatch.setattr(step, "host_sees", lambda device: False)
 
 
 @pytest.fixture(params=sorted(OPTIMIZERS))

@@ -11,6 +11,8 @@ from torch import nn
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_mlp, make_norm_net
 from worker.amp import MixedPrecisionConfig
 
+pytestmark = pytest.mark.usefixtures("ending")
+
 
 def amp_loop(
     model: nn.Module,

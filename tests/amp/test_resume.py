@@ -11,6 +11,8 @@ from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_norm_net
 from worker.amp import MixedPrecisionConfig
 from worker.amp.errors import StateMismatchError
 
+pytestmark = pytest.mark.usefixtures("ending")
+
 TOTAL = 44
 
 

@@ -1,5 +1,6 @@
 """The scale's rule against a small model of it in plain Python, over random sequences of steps."""
 
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -118,16 +119,31 @@ def test_the_scale_follows_its_rule(
 
 
 def advance(scale: LossScale, kind: str, underflow: bool = False, norm: float = 1.0) -> bool:
+    """One step of the scale in tensors, and of a twin in numbers, which must end alike to the bit."""
+    before = {name: copy.deepcopy(value) for name, value in scale.state_dict().items()}
+    twin = TWINS.setdefault(id(scale.config), LossScale(scale.config, torch.device("cpu"), active=True))
+    twin.load_state_dict(before)
     grad_bad, loss_bad = torch.tensor(kind in {"overflow", "both"}), torch.tensor(kind in {"nan", "both"})
     found = grad_bad | loss_bad
     overflow = scale.overflow(grad_bad, loss_bad)
+    underflowed = torch.tensor(underflow) & ~found
     exhausted = scale.update(
-        overflow=overflow,
-        found=found,
-        underflow=torch.tensor(underflow) & ~found,
-        grad_norm=torch.tensor(norm),
+        overflow=overflow, found=found, underflow=underflowed, grad_norm=torch.tensor(norm)
     )
-    return bool(exhausted.item())
+    told = twin.update_seen(
+        overflow=bool(overflow),
+        found=bool(found),
+        underflow=bool(underflowed),
+        grad_norm=float(torch.tensor(norm)),
+    )
+    assert told is bool(exhausted)
+    assert twin.value == scale.scale.item()
+    assert torch.equal(twin.inverse, scale.inverse)
+    assert torch.equal(twin.state_dict()["counters"], scale.state_dict()["counters"])
+    return told
+
+
+TWINS: dict[int, LossScale] = {}
 
 
 def make_scale(**fields: Any) -> LossScale:

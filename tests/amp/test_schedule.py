@@ -11,6 +11,9 @@ from torch.optim import lr_scheduler
 
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp
 from worker.amp import MixedPrecisionConfig
+from worker.amp.incidents import WATCHED_STEPS
+
+pytestmark = pytest.mark.usefixtures("ending")
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "step": lambda o: lr_scheduler.StepLR(o, step_size=3, gamma=0.7),
@@ -70,7 +73,7 @@ def test_rates_picked_on_the_device_train_as_the_scheduler_does(scheduler: str, 
         assert torch.equal(mine, theirs)
     syncs = run.trainer.get_mixed_precision_stats()["performance_metrics"]["host_syncs_per_step"]
     assert (syncs == 1.0) is (scheduler in ON_HOST)
-    assert syncs == 1.0 or syncs <= 2 / 153
+    assert syncs == 1.0 or syncs <= (2 + len(skipped) * WATCHED_STEPS) / 153
     saved = run.trainer.state_dict()
     assert saved["schedule"]["scheduler"]["last_epoch"] == 150
     assert type(saved["optimizer"]["param_groups"][0]["lr"]) is float

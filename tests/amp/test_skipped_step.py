@@ -12,6 +12,8 @@ from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_norm_
 from worker.amp import MixedPrecisionConfig
 from worker.amp.errors import NonFiniteGradient, NonFiniteLoss, TooManySkips
 
+pytestmark = pytest.mark.usefixtures("ending")
+
 FP16 = {"precision_level": "fp16"}
 BF16 = {"precision_level": "bf16"}
 UNCAST = {"mode": "gradient_scaling", "precision_level": "fp32"}

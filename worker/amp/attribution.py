@@ -30,11 +30,11 @@ class Repeated:
 
     Attributes:
         micro_batches: (input, target) on the device.
-        scale: the loss scale, float32, 0-d.
+        scale: the loss scale, float32 and 0-d, or a number.
     """
 
     micro_batches: Sequence[tuple[Any, Any]]
-    scale: Tensor
+    scale: Tensor | float
 
 
 class Tracer:

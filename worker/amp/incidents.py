@@ -32,11 +32,12 @@ class IncidentProbe:
         *,
         buffers: BufferGuard,
         device: torch.device,
+        waits: bool,
     ) -> None:
         self._tracer = Tracer(model, criterion, policy, parameters)
         self._buffers = buffers
         self._device = device
-        self._waits = device.type != "cpu"
+        self._waits = waits
         self._repetitions = 0
         self._watched_until = WATCHED_STEPS
         self._last_skipped = -2
@@ -59,7 +60,7 @@ class IncidentProbe:
         *,
         micro_batches: Sequence[tuple[Any, Any]],
         random_states: RandomStates | None,
-        scale: Tensor,
+        scale: Tensor | float,
     ) -> Attribution | None:
         """Repeat a skipped step on the weights and buffers before it; None where nothing was learnt.
 

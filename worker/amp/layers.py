@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from worker.amp.errors import SetupError
@@ -138,38 +138,21 @@ class ParameterOrder:
     def __init__(
         self,
         model: nn.Module,
-        parameters: list[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         optimized: Callable[[nn.Parameter], nn.Parameter],
     ) -> None:
         names = {id(optimized(parameter)): name for name, parameter in model.named_parameters()}
         ranks = {identity: rank for rank, identity in enumerate(names)}
         self._ranks = [ranks.get(id(parameter), -1) for parameter in parameters]
-        self._parameters = parameters
         self._layers = [name.rpartition(".")[0] or name for name in names.values()]
-        self._clean = torch.full((), -1.0, dtype=torch.float32, device=parameters[0].device)
-        self._of_present: dict[tuple[int, ...], Tensor] = {}
 
-    def deepest_non_finite(self, norms: Tensor) -> Tensor:
-        """The highest rank among parameters with a non-finite gradient norm, else -1 (float32, 0-d).
+    def deepest(self, parameters: Sequence[int]) -> str | None:
+        """The module that owns the last of these parameters; None where the model has none of them.
 
         Args:
-            norms: gradient norms of those parameters that have a gradient, in order.
+            parameters: places in the list of the optimizer's parameters.
         """
-        if norms.numel() == len(self._ranks):
-            present = tuple(self._ranks)
-        else:
-            present = tuple(
-                rank for rank, p in zip(self._ranks, self._parameters, strict=True) if p.grad is not None
-            )
-        ranks = self._of_present.get(present)
-        if ranks is None:
-            ranks = torch.tensor(present, dtype=torch.float32, device=norms.device)
-            self._of_present = {present: ranks}
-        finite = (norms - norms) == 0  # as isfinite, in fewer operations
-        return torch.where(finite, self._clean, ranks).max()
-
-    def layer(self, rank: int) -> str | None:
-        """The module that owns the parameter of that rank; None below 0."""
+        rank = max((self._ranks[index] for index in parameters), default=-1)
         return self._layers[rank] if rank >= 0 else None
 
 

@@ -17,20 +17,21 @@ from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
 from worker.amp.admission import check_weights, device_of
-from worker.amp.batches import to_device
 from worker.amp.capability import capability_of
 from worker.amp.checkpointing import recompute_blocks
 from worker.amp.compiling import CompileMode, forward_of
 from worker.amp.errors import SetupError, StateMismatchError, StepError
+from worker.amp.evaluation import evaluating
 from worker.amp.guard import RandomStates
+from worker.amp.ledger import Ledger
 from worker.amp.memory import MemoryMonitor
 from worker.amp.policies import PrecisionPolicy, Transition, build_policy
+from worker.amp.result import StepResult
 from worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
 from worker.amp.schedule import Interval, Schedule
 from worker.amp.state import MixedPrecisionState
 from worker.amp.step import TrainingStep
-from worker.amp.supervision import Supervisor
-from worker.amp.telemetry import EngineEvent, FinishedStep, StepResult, StepRow
+from worker.amp.telemetry import EngineEvent, FinishedStep
 
 DECISION_STEPS = 32
 """After every so many steps of the run the host reads what was finished, and decides."""
@@ -56,21 +57,14 @@ class MixedPrecisionManager:
 
     Attributes:
         config: the configuration.
-        state: counters and short histories, read from the device at decision steps and at `flush`.
         logger: a standard logger.
-        on_step: called with the rows of finished steps, in order, as they are read.
-        on_event: called with what happens to the precision of the run.
-        on_finished: called with each finished step as it is read; a loop sums its epoch with it.
+        ledger: what the run has told so far, and whom it tells: at decision steps and at `flush`.
     """
 
     def __init__(self, config: MixedPrecisionConfig) -> None:
         self.config = config
-        self.state = MixedPrecisionState()
         self.logger = logging.getLogger("worker.amp")
-        self.on_step: Callable[[Sequence[StepRow]], None] | None = None
-        self.on_event: Callable[[EngineEvent], None] | None = None
-        self.on_finished: Callable[[FinishedStep], None] | None = None
-        self._supervisor = Supervisor(config, self._emit)
+        self.ledger = Ledger(config, self.logger)
         self._prepared: _Run | None = None
 
     def setup(
@@ -130,10 +124,14 @@ class MixedPrecisionManager:
             step=step,
             accumulation=gradient_accumulation_steps,
         )
-        self.state = MixedPrecisionState(current_scale=resolved.initial_scale if policy.scales else 1.0)
-        self._supervisor = Supervisor(self.config, self._emit)
+        self.ledger.open(scale=resolved.initial_scale if policy.scales else 1.0)
         for warning in (*resolved.warnings, *policy.notices(), *notices):
-            self._emit(EngineEvent(type="warning", level="warning", message=warning, step=0))
+            self.ledger.tell(EngineEvent(type="warning", level="warning", message=warning, step=0))
+
+    @property
+    def state(self) -> MixedPrecisionState:
+        """Counters and short histories, read from the device at decision steps and at `flush`."""
+        return self.ledger.state
 
     @property
     def resolved(self) -> ResolvedPrecision:
@@ -168,8 +166,8 @@ class MixedPrecisionManager:
         metrics = self._prepared.step.performance()
         if metrics:
             metrics["memory_peak_bytes"] = self._prepared.step.memory().peak
-        metrics["overflow_rate"] = self._supervisor.overflow_rate
-        metrics["overflow_budget_exceeded"] = self._supervisor.overflow_budget_exceeded
+        metrics["overflow_rate"] = self.ledger.supervisor.overflow_rate
+        metrics["overflow_budget_exceeded"] = self.ledger.supervisor.overflow_budget_exceeded
         return metrics
 
     def begin_group(self, size: int) -> None:
@@ -235,16 +233,18 @@ class MixedPrecisionManager:
     def end_epoch(self, metric: float | None) -> None:
         """Step a scheduler of interval "epoch", and raise what must end the run."""
         self.flush()
-        self._supervisor.raise_failure()
+        self.ledger.supervisor.raise_failure()
         self._run.schedule.end_epoch(metric)
 
     def flush(self) -> list[FinishedStep]:
         """Read every finished step, count it and deliver its row; returns what was new."""
-        finished = self._run.step.read()
-        for done in finished:
-            self._count(done)
-        if finished and self.on_step is not None:
-            self.on_step([done.row for done in finished])
+        run = self._run
+        finished = run.step.read()
+        if finished:
+            run.policy.observe(finished)
+            if any(done.cause is not None for done in finished):
+                run.step.watch_closely()
+            self.ledger.enter(finished)
         return finished
 
     def check(self) -> None:
@@ -254,7 +254,7 @@ class MixedPrecisionManager:
             TooManySkips, NonFiniteGradient, NonFiniteLoss: as the configuration asks.
         """
         self.flush()
-        self._supervisor.raise_failure()
+        self.ledger.supervisor.raise_failure()
 
     @contextmanager
     def evaluation_region(self) -> Iterator[Callable[[Any], Any]]:
@@ -262,44 +262,18 @@ class MixedPrecisionManager:
         run = self._run
         if run.step.in_group:
             raise StepError("a step is under way; call finish_accumulation() before evaluating")
-        modes = [(module, module.training) for module in run.model.modules()]
-        devices = [run.device] if run.device.type == "cuda" else []
-
-        def predict(data_batch: Any) -> Any:
-            # Its own region for every call: autocast would hand weights cast without gradients to the next
-            # step.
-            with run.policy.region():
-                return run.policy.cast_output(
-                    run.model(run.policy.cast_input(to_device(data_batch, run.device)))
-                )
-
         run.step.pause_clock()
-        with torch.random.fork_rng(devices=devices, device_type=run.device.type), torch.no_grad():
-            run.model.eval()
-            try:
+        try:
+            with evaluating(run.model, run.policy, run.device) as predict:
                 yield predict
-            finally:
-                for module, training in modes:
-                    module.training = training
-                run.step.pause_clock()
+        finally:
+            run.step.pause_clock()
 
     def get_mixed_precision_stats(self) -> dict[str, Any]:
         """The run so far; see `MixedPrecisionTrainer.get_mixed_precision_stats`."""
         if self._prepared is not None:
             self.flush()
-        state = self.state
-        return {
-            "current_step": state.total_steps,
-            "current_scale": state.current_scale,
-            "overflow_count": state.overflow_count,
-            "underflow_count": state.underflow_count,
-            "nan_count": state.nan_count,
-            "skipped_steps": state.skipped_steps,
-            "average_scale": state.average_scale,
-            "memory_usage": state.memory_usage[-1] if state.memory_usage else 0.0,
-            "last_overflow": self._supervisor.last_overflow,
-            "performance_metrics": self.performance_metrics,
-        }
+        return self.ledger.statistics(self.performance_metrics)
 
     def engine_state(self) -> dict[str, Any]:
         """The engine's part of a run between two steps, in primitives and tensors; no weights."""
@@ -311,7 +285,7 @@ class MixedPrecisionManager:
             "compute_dtype": run.resolved.low_dtype,
             "step": run.step.state_dict(),
             "policy": run.policy.state_dict(),
-            "supervisor": self._supervisor.state_dict(),
+            "supervisor": self.ledger.supervisor.state_dict(),
             "counters": self.state.state_dict(),
         }
 
@@ -327,7 +301,7 @@ class MixedPrecisionManager:
             )
         run.policy.load_state_dict(state["policy"])
         run.step.load_state_dict(state["step"])
-        self._supervisor.load_state_dict(state["supervisor"])
+        self.ledger.supervisor.load_state_dict(state["supervisor"])
         self.state.load_state_dict(state["counters"])
         for difference in differences:
             self.logger.warning("saved state: %s", difference)
@@ -377,9 +351,9 @@ class MixedPrecisionManager:
         return self._prepared
 
     def _whole_step(self, micro_batches: Sequence[tuple[Any, Any]]) -> StepResult:
-        self.begin_group(len(micro_batches))
-        results = [self._micro_batch(data, target) for data, target in micro_batches]
-        return results[-1]
+        result = self._run.step.whole(micro_batches)
+        self._after_step()
+        return result
 
     def _micro_batch(self, data_batch: Any, target_batch: Any) -> StepResult:
         run = self._run
@@ -399,8 +373,8 @@ class MixedPrecisionManager:
         if transition is not None:
             self._change_precision(transition)
             if transition.cures:
-                self._supervisor.forgive()
-        self._supervisor.raise_failure()
+                self.ledger.supervisor.forgive()
+        self.ledger.supervisor.raise_failure()
 
     def _change_precision(self, transition: Transition) -> None:
         data = {
@@ -413,7 +387,7 @@ class MixedPrecisionManager:
         changed = transition.origin != transition.target
         what = f"from {transition.origin} to {transition.target}" if changed else f"stays {transition.origin}"
         # Told before it takes effect: what rests on memory must be on record before a step depends on it.
-        self._emit(
+        self.ledger.tell(
             EngineEvent(
                 type="precision",
                 level="warning" if changed else "info",
@@ -428,37 +402,9 @@ class MixedPrecisionManager:
         if self._run.step.precision_changed():
             self.state.current_scale = self._run.resolved.initial_scale if self._run.policy.scales else 1.0
 
-    def _count(self, done: FinishedStep) -> None:
-        row = done.row
-        self.state.count(
-            scale=row.scale,
-            overflow=row.overflow,
-            underflow=row.underflow,
-            nan=row.nan,
-            skipped=row.skipped,
-            memory_usage=row.memory_usage,
-        )
-        self.state.current_scale = done.next_scale
-        self._run.policy.observe(done)
-        self._supervisor.observe(
-            row, cause=done.cause, attribution=done.attribution, range_exhausted=done.range_exhausted
-        )
-        if done.cause is not None:
-            self._run.step.watch_closely()
-        if self.on_finished is not None:
-            self.on_finished(done)
-        if row.step % self.config.logging_frequency == 0:
-            self.logger.info(
-                "Step %d, Loss: %.4f, Scale: %.2e, Memory: %.2f",
-                row.step,
-                row.loss,
-                row.scale,
-                row.memory_usage,
-            )
-
     def _tell_uncompiled(self, message: str) -> None:
         step = self._prepared.step.steps if self._prepared is not None else 0
-        self._emit(
+        self.ledger.tell(
             EngineEvent(
                 type="warning",
                 level="warning",
@@ -467,9 +413,3 @@ class MixedPrecisionManager:
                 data={"code": "compile_unavailable"},
             )
         )
-
-    def _emit(self, event: EngineEvent) -> None:
-        if self.on_event is not None:
-            self.on_event(event)
-        level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[event.level]
-        self.logger.log(level, "%s", event.message)

@@ -8,8 +8,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ _CGROUP_LIMITS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySample:
+class MemorySample(NamedTuple):
     """Memory in bytes, and `usage`, the allocated share of the total (0..1)."""
 
     usage: float

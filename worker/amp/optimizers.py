@@ -51,23 +51,29 @@ class GuardedUpdate:
         # momentum).
         good = found.item() == 0.0
         if good:
+            self.apply_good()
+        return good
+
+    def apply_good(self) -> None:
+        """Step; the host knows that the step is good."""
+        if self._all_states_exist:
+            self._optimizer.step()
+        else:
             with _unfused_where_state_is_missing(self._optimizer):
                 self._optimizer.step()
-        return good
 
     def apply_always(self) -> None:
         """Step, whatever the gradients hold."""
         self._optimizer.step()
 
     def reads_host(self) -> bool:
-        """Whether `apply` would read the device from the host now."""
-        if not self.on_device:
-            return True
+        """Whether the update depends on the host: `apply` would read the device now."""
         if not self._all_states_exist:
             parameters = list(parameters_of(self._optimizer))
             self._all_states_exist = _have_states(self._optimizer, parameters)
-            return not _have_states(self._optimizer, [p for p in parameters if p.grad is not None])
-        return False
+            if not self._all_states_exist and self.on_device:
+                return not _have_states(self._optimizer, [p for p in parameters if p.grad is not None])
+        return not self.on_device
 
     def _step_with(self, found: Tensor) -> None:
         # torch's fused optimizers look for this attribute by name; removed again, so that a step that the

@@ -1,12 +1,14 @@
-"""The loss scale and the rule by which it moves, as tensors on the device.
+"""The loss scale and the rule by which it moves, the same on the device and on the host.
 
 Everything here happens at the end of a step without a host read. Which steps are skipped is decided by the
 caller; what the host concludes from many steps (budgets, alerts) is in `supervision`.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,17 +23,38 @@ EARLY_GROWTH_ROOM = 2.0**14
 _LONGEST_WAIT = 2**53
 
 
+class _Arithmetic(NamedTuple):
+    """The few operations that tensors and Python's numbers write differently."""
+
+    where: Callable[[Any, Any, Any], Any]
+    clamp: Callable[[Any, float, float], Any]
+    single: Callable[[Any], Any]
+    """Rounds to FP32."""
+
+
+_ON_TENSORS = _Arithmetic(torch.where, torch.clamp, torch.Tensor.float)
+_ON_NUMBERS = _Arithmetic(
+    lambda condition, yes, no: yes if condition else no,
+    lambda value, low, high: min(max(value, low), high),
+    np.float32,
+)
+
+
 class LossScale:
     """The scale S and its counters.
 
+    Its counters are, in order: good steps in a row, hysteresis left, steps since the last growth, whether
+    that growth was refuted, underflowed steps in a row.
+
     Attributes:
+        config: its rule's settings.
         active: whether losses are scaled; where not, S is 1 and nothing moves.
         scale: S of the current step, float32, 0-d.
         inverse: 1/S, computed in float64 as torch's GradScaler does, float32, 0-d.
     """
 
     def __init__(self, config: MixedPrecisionConfig, device: torch.device, *, active: bool) -> None:
-        self._config = config
+        self.config = config
         self._dynamic = config.dynamic_loss_scaling
         self._refuted_wait = float(
             max(
@@ -42,26 +65,26 @@ class LossScale:
         self.scale = torch.ones((), dtype=torch.float32, device=device)
         self.inverse = torch.ones((), dtype=torch.float32, device=device)
         self._counters = torch.zeros(5, dtype=torch.float64, device=device)
-        self._good, self._hysteresis, self._since_growth, self._refuted, self._underflowed = (
-            self._counters.unbind()
-        )
-        self._full_hysteresis = torch.full((), float(config.hysteresis), dtype=torch.float64, device=device)
+        self._of_counters = self._counters.unbind()
         self._never = torch.zeros((), dtype=torch.bool, device=device)
+        if device.type == "cpu":
+            self._seen_scale, self._seen_inverse = self.scale.numpy(), self.inverse.numpy()
+            self._seen_counters = self._counters.numpy()
         self.active = False
         self.switch(active=active)
 
     def switch(self, *, active: bool) -> None:
         """Start scaling at initial_scale with fresh counters, or stop scaling: S = 1."""
         self.active = active
-        self._set_scale(self._config.initial_scale if active else 1.0)
-        fresh = [0.0, float(self._config.hysteresis), float(_LONGEST_WAIT), 0.0, 0.0]
+        self._set_scale(self.config.initial_scale if active else 1.0)
+        fresh = [0.0, float(self.config.hysteresis), float(_LONGEST_WAIT), 0.0, 0.0]
         self._counters.copy_(torch.tensor(fresh, dtype=torch.float64))
 
     def overflow(self, grad_bad: Tensor, loss_bad: Tensor) -> Tensor:
         """Whether this step's non-finite gradients are of the kind that a smaller scale cures (bool, 0-d)."""
         if not self.active:
             return self._never
-        return grad_bad & ~loss_bad & (self.scale > self._config.min_scale)
+        return grad_bad & ~loss_bad & (self.scale > self.config.min_scale)
 
     def update(self, *, overflow: Tensor, found: Tensor, underflow: Tensor, grad_norm: Tensor) -> Tensor:
         """Move the scale at the end of a step.
@@ -78,41 +101,77 @@ class LossScale:
         """
         if not self.active or not self._dynamic:
             return self._never
-        config = self._config
-        scale = self.scale.double()
-        refuted = self._refuted > 0
-        hysteresis = self._hysteresis - overflow.double()
+        exhausted: Tensor
+        target, counters, exhausted = self._moved(
+            _ON_TENSORS, self.scale.double(), self._of_counters, overflow, found, underflow, grad_norm
+        )
+        torch.stack(counters, out=self._counters)
+        self.scale.copy_(target)
+        self.inverse.copy_(target.double().reciprocal())
+        return exhausted
+
+    @property
+    def value(self) -> float:
+        """S, as the host sees it in its own memory: on a CPU alone."""
+        return float(self._seen_scale)
+
+    def update_seen(self, *, overflow: bool, found: bool, underflow: bool, grad_norm: float) -> bool:
+        """As `update`, by the host in its own memory: on a CPU alone, and to the same bits."""
+        if not self.active or not self._dynamic:
+            return False
+        target, counters, exhausted = self._moved(
+            _ON_NUMBERS, self.value, self._seen_counters.tolist(), overflow, found, underflow, grad_norm
+        )
+        self._seen_counters[:] = counters
+        self._seen_scale[()] = target
+        self._seen_inverse[()] = 1.0 / float(target)
+        return bool(exhausted)
+
+    def _moved(
+        self,
+        on: _Arithmetic,
+        scale: Any,
+        counters: Any,
+        overflow: Any,
+        found: Any,
+        underflow: Any,
+        grad_norm: Any,
+    ) -> tuple[Any, tuple[Any, ...], Any]:
+        """The scale and the counters after a step, and whether max_scale forbade a growth.
+
+        All numbers are 0-d tensors, or Python's own; `^ True` is a negation that both know.
+        """
+        config = self.config
+        good, hysteresis, since_growth, refuted, underflowed = counters
+        hysteresis = hysteresis - overflow * 1.0
         back = overflow & (hysteresis <= 0)
-        good = (self._good + 1.0) * ~found
-        wait = config.scale_window + self._refuted * (self._refuted_wait - config.scale_window)
+        good = (good + 1.0) * (found ^ True)
+        wait = config.scale_window + refuted * (self._refuted_wait - config.scale_window)
         up = good >= wait
-        underflowed = (self._underflowed + 1.0) * underflow
+        underflowed = (underflowed + 1.0) * underflow
         grown = scale * config.scale_factor
-        early = self._never
+        early = False
         if config.underflow_handling:
-            early = (underflowed >= EARLY_GROWTH_RUN) & ~refuted & (grown * grad_norm <= EARLY_GROWTH_ROOM)
+            early = (
+                (underflowed >= EARLY_GROWTH_RUN) & (refuted == 0) & (grown * grad_norm <= EARLY_GROWTH_ROOM)
+            )
             up = up | early
         # S/f and not S*(1/f): for a factor that is no power of two they round differently. In float64, as
         # torch's own update, then rounded once.
-        target = torch.where(back, scale / config.scale_factor, torch.where(up, grown, scale))
-        target = target.clamp(config.min_scale, config.max_scale).float()
-        grew = up & (target > self.scale)
-        since_growth = self._since_growth + 1.0
-        refuted = (refuted | (overflow & (since_growth <= config.scale_window))) & ~grew
-        counting = ~(back | up)
-        torch.stack(
-            (
-                good * counting,
-                torch.where(back | grew, self._full_hysteresis, hysteresis),
-                since_growth * ~grew,
-                refuted.double(),
-                underflowed * counting,
-            ),
-            out=self._counters,
+        target = on.where(back, scale / config.scale_factor, on.where(up, grown, scale))
+        target = on.single(on.clamp(target, config.min_scale, config.max_scale))
+        grew = up & (target > scale)
+        since_growth = since_growth + 1.0
+        refuted = ((refuted > 0) | (overflow & (since_growth <= config.scale_window))) & (grew ^ True)
+        counting = (back | up) ^ True
+        after = (
+            good * counting,
+            on.where(back | grew, float(config.hysteresis), hysteresis),
+            since_growth * (grew ^ True),
+            refuted * 1.0,
+            underflowed * counting,
         )
-        self.scale.copy_(target)
-        self.inverse.copy_(target.double().reciprocal())
-        return early & ~grew
+        return target, after, early & (grew ^ True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact resume needs."""

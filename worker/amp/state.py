@@ -1,8 +1,11 @@
 """What a run has seen so far: the counters and the short histories that its statistics are made of."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from worker.amp.telemetry import StepRow
 
 HISTORY_STEPS = 10_000
 
@@ -24,18 +27,20 @@ class MixedPrecisionState:
     scale_history: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
     memory_usage: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_STEPS))
 
-    def count(
-        self, *, scale: float, overflow: bool, underflow: bool, nan: bool, skipped: bool, memory_usage: float
-    ) -> None:
-        """Take one finished step into account."""
-        self.total_steps += 1
-        self.overflow_count += overflow
-        self.underflow_count += underflow
-        self.nan_count += nan
-        self.skipped_steps += skipped
-        self.average_scale += (scale - self.average_scale) / self.total_steps
-        self.scale_history.append(scale)
-        self.memory_usage.append(memory_usage)
+    def count(self, rows: Sequence[StepRow]) -> None:
+        """Take finished steps into account, in order."""
+        steps, average = self.total_steps, self.average_scale
+        for row in rows:
+            steps += 1
+            # One by one: the mean must not depend on how many steps are read at once.
+            average += (row.scale - average) / steps
+            self.overflow_count += row.overflow
+            self.underflow_count += row.underflow
+            self.nan_count += row.nan
+            self.skipped_steps += row.skipped
+        self.total_steps, self.average_scale = steps, average
+        self.scale_history.extend([row.scale for row in rows])
+        self.memory_usage.extend([row.memory_usage for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only; the histories stay behind."""

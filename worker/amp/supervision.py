@@ -4,12 +4,12 @@ Rows may arrive early or late; everything that changes the run is decided at dec
 and its resumed copy decide alike. Nothing here touches a tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from service.contract.precision import MixedPrecisionConfig
 from worker.amp.errors import Cause, NonFiniteError, NonFiniteGradient, NonFiniteLoss, TooManySkips
-from worker.amp.telemetry import Attribution, EngineEvent, EventLevel, StepRow
+from worker.amp.telemetry import Attribution, EngineEvent, EventLevel, FinishedStep, StepRow
 
 QUIET_STEPS = 100
 """After an incident was told, others of its kind are only counted for so many steps."""
@@ -48,49 +48,15 @@ class Supervisor:
         rate = self.overflow_rate
         return rate is not None and rate > self._config.overflow_threshold
 
-    def observe(
-        self,
-        row: StepRow,
-        *,
-        cause: Cause | None,
-        attribution: Attribution | None,
-        range_exhausted: bool,
-    ) -> None:
-        """Take one finished step into account.
-
-        Args:
-            row: the step.
-            cause: why the step was bad; None for a good one.
-            attribution: where its first non-finite value came from; None for a good one.
-            range_exhausted: underflow asks for a larger scale than max_scale.
-        """
-        self._steps += 1
-        self._overflows += row.overflow
-        if cause is None:
+    def observe(self, finished: Sequence[FinishedStep]) -> None:
+        """Take finished steps into account, in order."""
+        quiet = not self._overflows or self._budget_told
+        if quiet and not any(done.cause or done.range_exhausted for done in finished):
+            self._steps += len(finished)
             self.consecutive_skips = 0
-        else:
-            self._count_bad(row, cause, attribution or Attribution(layer=None, kind="unknown"))
-        if range_exhausted:
-            self._tell(
-                "range_exhausted",
-                "warning",
-                f"gradients underflow FP16 at max_scale {self._config.max_scale:g}: use precision_level "
-                f"'bf16', "
-                "or raise max_scale",
-                row.step,
-                {"scale": row.scale, "underflow_estimate": row.underflow_estimate},
-            )
-        if self.overflow_budget_exceeded and not self._budget_told:
-            self._budget_told = True
-            self._tell(
-                "overflow_budget_exceeded",
-                "warning",
-                f"{self._overflows} of {self._steps} steps were lost to overflow, more than "
-                f"overflow_threshold "
-                f"{self._config.overflow_threshold:g} allows",
-                row.step,
-                {"overflow_rate": self.overflow_rate, "overflow_threshold": self._config.overflow_threshold},
-            )
+            return
+        for done in finished:
+            self._observe(done)
 
     def raise_failure(self) -> None:
         """Raise what must end the run, if anything does; called at decision steps and at the end of a run."""
@@ -125,6 +91,36 @@ class Supervisor:
         self._untold = dict(state["untold"])
         self.consecutive_skips = state["consecutive_skips"]
         self.last_overflow = state["last_overflow"]
+
+    def _observe(self, done: FinishedStep) -> None:
+        row, cause = done.row, done.cause
+        self._steps += 1
+        self._overflows += row.overflow
+        if cause is None:
+            self.consecutive_skips = 0
+        else:
+            self._count_bad(row, cause, done.attribution or Attribution(layer=None, kind="unknown"))
+        if done.range_exhausted:
+            self._tell(
+                "range_exhausted",
+                "warning",
+                f"gradients underflow FP16 at max_scale {self._config.max_scale:g}: use precision_level "
+                f"'bf16', "
+                "or raise max_scale",
+                row.step,
+                {"scale": row.scale, "underflow_estimate": row.underflow_estimate},
+            )
+        if self.overflow_budget_exceeded and not self._budget_told:
+            self._budget_told = True
+            self._tell(
+                "overflow_budget_exceeded",
+                "warning",
+                f"{self._overflows} of {self._steps} steps were lost to overflow, more than "
+                f"overflow_threshold "
+                f"{self._config.overflow_threshold:g} allows",
+                row.step,
+                {"overflow_rate": self.overflow_rate, "overflow_threshold": self._config.overflow_threshold},
+            )
 
     def _count_bad(self, row: StepRow, cause: Cause, attribution: Attribution) -> None:
         self.consecutive_skips += 1

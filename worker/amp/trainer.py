@@ -16,8 +16,9 @@ from service.contract.precision import MixedPrecisionConfig
 from worker.amp.compiling import CompileMode
 from worker.amp.errors import StepError
 from worker.amp.manager import MixedPrecisionManager
+from worker.amp.result import StepResult
 from worker.amp.schedule import Interval
-from worker.amp.telemetry import EngineEvent, FinishedStep, StepResult, StepRow
+from worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
 
 MicroBatch = tuple[Any, Any]
 
@@ -98,20 +99,20 @@ class MixedPrecisionTrainer:
     @property
     def on_step(self) -> Callable[[Sequence[StepRow]], None] | None:
         """Called with the rows of finished steps, in order, every 32 steps and at `flush`."""
-        return self.mixed_precision_manager.on_step
+        return self.mixed_precision_manager.ledger.on_step
 
     @on_step.setter
     def on_step(self, listener: Callable[[Sequence[StepRow]], None] | None) -> None:
-        self.mixed_precision_manager.on_step = listener
+        self.mixed_precision_manager.ledger.on_step = listener
 
     @property
     def on_event(self) -> Callable[[EngineEvent], None] | None:
         """Called with what happens to the run's precision; set it before `setup_training` to miss nothing."""
-        return self.mixed_precision_manager.on_event
+        return self.mixed_precision_manager.ledger.on_event
 
     @on_event.setter
     def on_event(self, listener: Callable[[EngineEvent], None] | None) -> None:
-        self.mixed_precision_manager.on_event = listener
+        self.mixed_precision_manager.ledger.on_event = listener
 
     @property
     def current_step(self) -> int:
@@ -141,13 +142,13 @@ class MixedPrecisionTrainer:
         self.flush()
         self.model.train()
         totals = EpochTotals()
-        manager.on_finished = totals.add
+        manager.ledger.on_finished = totals.add
         try:
             for group in _groups(train_loader, manager.accumulation):
                 self.train_group(group)
             self.flush()
         finally:
-            manager.on_finished = None
+            manager.ledger.on_finished = None
         if totals.steps == 0:
             raise ValueError("train_loader: it gave no batch")
         summary = totals.summary()

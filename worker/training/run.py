@@ -270,20 +270,22 @@ class Run:
         self._observer.event(event.type if own else "alert", event.level, event.message, data)
 
     def _take_rows(self, rows: Sequence[StepRow]) -> None:
+        patience = self._spec.precision.max_consecutive_skips
         for row in rows:
             position = self._unread.popleft()
             if row.skipped:
                 self._skipped.append((row.step, position))
             # The engine tells of a hopeless run at its next decision, when better steps may have followed.
-            elif len(self._skipped) < self._spec.precision.max_consecutive_skips:
+            elif self._skipped and len(self._skipped) < patience:
                 self._skipped.clear()
-            if position.epoch != self._epoch:
-                self._epoch, self._epoch_loss, self._epoch_steps = position.epoch, 0.0, 0
+            epoch = position.epoch
+            if epoch != self._epoch:
+                self._epoch, self._epoch_loss, self._epoch_steps = epoch, 0.0, 0
             self._epoch_loss += row.loss
             self._epoch_steps += 1
-            self._last_loss = row.loss
-            self._memory_peak = max(self._memory_peak, row.memory_peak_bytes)
-            self._rows.append(_metrics(row, position.epoch))
+            self._rows.append(_metrics(row, epoch))
+        self._last_loss = rows[-1].loss
+        self._memory_peak = max(self._memory_peak, *(row.memory_peak_bytes for row in rows))
 
     def _live(self) -> LiveStats:
         stats = self._trainer.get_mixed_precision_stats()
@@ -411,23 +413,11 @@ class Run:
 
 
 def _metrics(row: StepRow, epoch: int) -> StepMetrics:
-    return StepMetrics(
-        step=row.step,
-        epoch=epoch,
-        loss=row.loss,
-        scale=row.scale,
-        overflow=row.overflow,
-        nan=row.nan,
-        underflow=row.underflow,
-        skipped=row.skipped,
-        has_inf=row.has_inf,
-        has_nan=row.has_nan,
-        underflow_estimate=row.underflow_estimate,
-        grad_norm=row.grad_norm,
-        learning_rate=row.learning_rate,
-        memory_usage=row.memory_usage,
-        memory_allocated_bytes=row.memory_allocated_bytes,
-        memory_reserved_bytes=row.memory_reserved_bytes,
-        step_time_ms=row.step_time_ms,
-        compute_dtype=row.compute_dtype,
-    )
+    """The row as it is reported: by place, since this runs for every step; `_SAME` says that it may."""
+    return StepMetrics(row[0], epoch, *row[1:_PEAK], *row[_PEAK + 1 :])  # type: ignore[arg-type]  # see _SAME
+
+
+_PEAK = StepRow._fields.index("memory_peak_bytes")
+_SAME = ("step", "epoch", *StepRow._fields[1:_PEAK], *StepRow._fields[_PEAK + 1 :])
+if StepMetrics._fields != _SAME:
+    raise ImportError(f"StepRow has {_SAME} where StepMetrics has {StepMetrics._fields}")

@@ -101,11 +101,11 @@ class PrecisionPolicy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
-    def saw_input(self, shapes: Any) -> None:
-        """A micro-batch of these shapes is about to run."""
+    def saw_input(self, batch: Any) -> None:
+        """This micro-batch is about to run."""
 
-    def observe(self, done: FinishedStep) -> None:
-        """Take one finished step into account; called in order."""
+    def observe(self, finished: Sequence[FinishedStep]) -> None:
+        """Take finished steps into account, in order."""
 
     def decides_after(self, step: int) -> bool:
         """Whether the policy must be asked after this step, besides the regular decision steps."""

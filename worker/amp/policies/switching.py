@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
+from worker.amp.batches import shapes_of
 from worker.amp.layers import BorderCast
 from worker.amp.memory import MemoryMonitor
 from worker.amp.policies.interface import PrecisionPolicy, Transition
@@ -82,18 +83,19 @@ class SwitchingPolicy(PrecisionPolicy):
         """As the low policy's."""
         return self._low.notices()
 
-    def saw_input(self, shapes: Any) -> None:
+    def saw_input(self, batch: Any) -> None:
         """A shape that full precision has not met yet may need more memory than those before."""
         if not self.retries:
             return
-        shape = repr(shapes)
+        shape = repr(shapes_of(batch))
         if shape not in self._probed_shapes:
             self._probed_shapes.add(shape)
             self._new_shape = True
 
-    def observe(self, done: FinishedStep) -> None:
-        """Take one finished step into account."""
-        self._ladder.observe(done, low=done.row.compute_dtype != FULL)
+    def observe(self, finished: Sequence[FinishedStep]) -> None:
+        """Take finished steps into account."""
+        for done in finished:
+            self._ladder.observe(done, low=done.row.compute_dtype != FULL)
 
     def decides_after(self, step: int) -> bool:
         """The end of the memory probe, and where an earlier life of the run decided by memory."""

@@ -1,0 +1,57 @@
+"""The gradients that an optimizer is about to use: which there are, and letting go of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from worker.amp.errors import StepError
+from worker.amp.record import rounding_of
+
+
+class Present(NamedTuple):
+    """The gradients of one step."""
+
+    tensors: list[Tensor]
+    """In the order of the parameters; the values alone of a sparse one."""
+    parameters: tuple[int, ...] | None
+    """Whose they are, by index; None: every parameter has one."""
+    rounding: float
+    """See `HostPart.rounding`, as if they were in FP16."""
+
+
+class Gradients:
+    """The gradients of an optimizer's parameters."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._rounding = rounding_of(sum(parameter.numel() for parameter in parameters))
+
+    def collect(self) -> Present:
+        """Those that the backward passes have left.
+
+        Raises:
+            StepError: there are none.
+        """
+        tensors = []
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                gradient = parameter.grad = gradient.coalesce()
+                gradient = gradient.values()
+            tensors.append(gradient)
+        if len(tensors) == len(self._parameters):
+            return Present(tensors, None, self._rounding)
+        if not tensors:
+            raise StepError(
+                "no parameter of the optimizer received a gradient: does the loss depend on them?"
+            )
+        with_one = tuple(index for index, p in enumerate(self._parameters) if p.grad is not None)
+        return Present(tensors, with_one, rounding_of(sum(tensor.numel() for tensor in tensors)))
+
+    def release(self) -> None:
+        """Free them."""
+        for parameter in self._parameters:
+            parameter.grad = None
