@@ -7,7 +7,9 @@ request for longer than half a second. The only Celery file on the service's sid
 import functools
 import threading
 import time
+from queue import Empty
 
+import kombu.transport.redis
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -21,6 +23,26 @@ PUBLISH_TIMEOUT_SECONDS = 0.5
 BACKOFF_SECONDS = 3.0
 
 log = structlog.get_logger(__name__)
+
+
+class _Channel(kombu.transport.redis.Channel):
+    """Drops what is no message. kombu raises it into Celery's consumer, which ends the worker."""
+
+    def _brpop_read(self, **options: object) -> object:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # kombu has no annotations
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("unreadable message on the queue; it is dropped", error=repr(error))
+            raise Empty from None
+
+
+class Transport(kombu.transport.redis.Transport):
+    """kombu's Redis transport with the channel above."""
+
+    Channel = _Channel
+
+
+kombu.transport.TRANSPORT_ALIASES |= dict.fromkeys(("redis", "rediss"), f"{__name__}:Transport")
 
 
 def make_celery(broker_url: str, *, publisher: bool = False) -> Celery:

@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import kombu
 import pytest
 import redis
 
-from service.queue import QUEUE, broker_reachable, enqueue
+from service.queue import QUEUE, broker_reachable, enqueue, make_celery
 from service.settings import Settings
 from tests.e2e.conftest import redis_url  # noqa: F401 - a fixture
 
@@ -41,6 +42,25 @@ def test_a_message_carries_the_job_id_and_nothing_else(tmp_path: Path, redis_url
         client.close()
     assert b"halfstep.run_job" in message
     assert b"pickle" not in message
+
+
+@pytest.mark.redis
+def test_what_is_no_message_is_dropped_and_the_next_one_read(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
+    client = redis.Redis.from_url(redis_url)
+    for garbage in (b"\xff\x00", b"{}", b"[1, 2]", b"7", b'{"body": "!", "headers": {}, "properties": {}}'):
+        client.lpush(QUEUE, garbage)
+    assert enqueue(Settings(data_dir=tmp_path, broker_url=redis_url), "0195-job")
+    read: list[object] = []
+    with make_celery(redis_url).connection_for_read() as connection:
+        queue = kombu.Queue(QUEUE, channel=connection)
+        with kombu.Consumer(
+            connection, queue, callbacks=[lambda body, message: read.append(body)], no_ack=True
+        ):
+            while not read:
+                connection.drain_events(timeout=10)
+    assert read[0][0] == ["0195-job"]  # type: ignore[index]
+    assert client.llen(QUEUE) == 0
+    client.close()
 
 
 def test_a_refusing_broker_is_told_at_once(tmp_path: Path) -> None:
