@@ -263,6 +263,17 @@ def past_its_first_a_checkpoint_loads(evidence: Evidence) -> Iterable[Finding]:
     for job_id, job in evidence.jobs.items():
         if job_id in saved and not any(kept.loads for kept in job.checkpoints):
             yield job_id, f"none of its {len(job.checkpoints)} checkpoints can be loaded"
+    steps: dict[str, set[int]] = defaultdict(set)
+    for change in evidence.changes:
+        if change.kind == "checkpoint":
+            steps[change.job_id].add(change.new)
+        # Only one of them is ever damaged here; a job that must fail goes back on purpose.
+        elif change.kind == "cut" and change.new == 0 and len(steps[change.job_id]) > 1:
+            job = evidence.jobs.get(change.job_id)
+            wanted = evidence.references.get(job.variant) if job is not None else None
+            if wanted is not None and wanted.code is None:
+                saved_at = sorted(steps[change.job_id])
+                yield change.job_id, f"began anew although it had checkpoints of the steps {saved_at[-2:]}"
 
 
 def the_api_refuses_only_as_documented(evidence: Evidence) -> Iterable[Finding]:

@@ -11,15 +11,19 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from sqlalchemy.orm import Session
 
 from service.queue import RUN_JOB, make_celery
 from service.store import jobs
-from tests.e2e.cluster import children_of
+from tests.e2e.cluster import ROOT, children_of
 from tests.faults.client import Client
 from tests.faults.installation import LEASE_SECONDS, Installation
+from tests.faults.variants import SAVE_EVERY
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+CLOCK = Path(__file__).parent / "clock"  # its sitecustomize shifts the clock
 
 
 @dataclass(slots=True)
@@ -176,11 +180,10 @@ class Injector:
         """Wake-ups for jobs that run, that ended and that never were, and what is no message at all."""
         self.somebody_runs(fault)
         broker = f"redis://127.0.0.1:{self.installation.redis.port}/0"
-        with self.installation.database.read() as s:
-            known = [job.id for job in jobs.list_jobs(s, tenant=None, limit=20)]
+        known = [job.id for job in self.installation.look(_newest)]
         celery = make_celery(broker, publisher=True)
         for argument in (
-            *self.draw.sample(known, min(3, len(known))) * 2,
+            *known[:3] * 2,
             "no-such-job",
             None,
             7,
@@ -216,9 +219,13 @@ class Injector:
         worker = self.victim(fault)
         if worker is None or fault.job_id is None:
             return
-        with self.installation.database.read() as s:
-            kept = jobs.checkpoints(s, fault.job_id)
-        if kept:
+        deadline = time.monotonic() + 2.0
+        kept: list[jobs.Checkpoint] = []
+        while time.monotonic() < deadline and not (kept and kept[0].step >= 3 * SAVE_EVERY):
+            kept = self.installation.look(partial(jobs.checkpoints, job_id=fault.job_id))
+            time.sleep(0.05)
+        # Damage is survived where there is an older one to go back to.
+        if kept and kept[0].step >= 3 * SAVE_EVERY:
             folder = self.installation.data_dir / kept[0].path
             other = self.installation.data_dir / kept[-1].path
             _damage(folder, other, self.draw)
@@ -229,6 +236,11 @@ class Injector:
         fault.hit = child is not None
         if child is not None:
             _signal(child, signal.SIGKILL)
+
+    def power_loss(self, fault: Fault) -> None:
+        """All that a job's process never fsynced is gone with it."""
+        if self.victim(fault) is not None:
+            (self.installation.points / "power-loss").touch()
 
     def hung_step(self, fault: Fault) -> None:
         self.installation.arm("child.step", "hang", skip=self.draw.randrange(40))
@@ -244,14 +256,9 @@ class Injector:
         """A worker starts again an hour early or late; leases go by the database's clock."""
         worker = self.victim(fault)
         if worker is not None:
-            self.installation.restart_under(
-                worker,
-                {
-                    "LD_PRELOAD": str(FAKETIME),
-                    "FAKETIME": self.draw.choice(("+1h", "-1h")),
-                    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                },
-            )
+            shift = self.draw.choice(("3600", "-3600"))
+            path = f"{CLOCK}{os.pathsep}{ROOT}"
+            self.installation.restart_under(worker, {"PYTHONPATH": path, "HALFSTEP_TEST_CLOCK_SHIFT": shift})
 
     def cancel(self, fault: Fault) -> None:
         job_id = self._open_job()
@@ -270,17 +277,19 @@ class Injector:
 
     def resume_paused(self) -> None:
         for job_id in list(self.to_resume):
-            with self.installation.database.read() as s:
-                state = jobs.get(s, job_id, tenant=None).state
+            state = self.installation.look(partial(jobs.get, job_id=job_id, tenant=None)).state
             if state.is_terminal:
                 self.to_resume.discard(job_id)
             elif state == "paused":
                 self.client.ask("POST", f"/jobs/{job_id}/resume", job_id=job_id)
 
     def _open_job(self) -> str | None:
-        with self.installation.database.read() as s:
-            found = [job.id for job in jobs.list_jobs(s, tenant=None, limit=100) if not job.state.is_terminal]
+        found = [job.id for job in self.installation.look(_newest) if not job.state.is_terminal]
         return self.draw.choice(found) if found else None
+
+
+def _newest(s: Session) -> list[jobs.Job]:
+    return jobs.list_jobs(s, tenant=None, limit=100)
 
 
 def _damage(folder: Path, other: Path, draw: random.Random) -> None:
@@ -365,6 +374,7 @@ KINDS: dict[str, Callable[[Injector, Fault], None]] = {
         "disk_full",
         "disk_error",
         "damage_a_checkpoint",
+        "power_loss",
         "hung_step",
         "crash_point",
         "worker_on_another_clock",
@@ -381,6 +391,7 @@ KILLS = {
     "freeze worker",
     "freeze worker and child",
     "damage a checkpoint",
+    "power loss",
     "worker on another clock",
 }
 
@@ -388,8 +399,6 @@ KILLS = {
 def schedule(count: int, kind: str, draw: random.Random) -> list[str]:
     """`count` faults for this kind of database: half of them kills of what trains, the rest each in turn."""
     possible = [name for name in KINDS if kind == "postgresql" or not name.startswith("postgres")]
-    if kind == "sqlite" or not FAKETIME.exists():
-        possible.remove("worker on another clock")
     kills = ["kill worker", "kill child", "freeze worker"]
     drawn: list[str] = []
     while len(drawn) < count:

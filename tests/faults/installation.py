@@ -5,11 +5,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+from service.errors import StoreUnavailable
 from service.faultpoints import HITS, VARIABLE
 from service.store.database import Database
 from service.store.schema import migrate
@@ -18,6 +21,7 @@ from tests.faults import audit
 from tests.faults.proxy import Proxy
 from tests.faults.servers import OwnPostgres, OwnRedis
 
+T = TypeVar("T")
 LEASE_SECONDS = 1.0
 STALL_SECONDS = 30.0
 
@@ -54,7 +58,7 @@ class Installation:
                 "stall_seconds": STALL_SECONDS,
                 "drain_seconds": 10.0,
                 "worker_device": "cpu",
-                "component_modules": json.dumps(["tests.faults.components"]),
+                "component_modules": json.dumps(["tests.faults.components", "tests.faults.powerloss"]),
                 **settings,
             },
         )
@@ -109,12 +113,22 @@ class Installation:
             finally:
                 self.cluster.environment = before
 
+    def look(self, read: Callable[[Session], T], seconds: float = 30.0) -> T:
+        """Read the database directly, again where it is away for a fault's sake."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with self.database.read() as s:
+                    return read(s)
+            except StoreUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
     def holders(self) -> dict[str, tuple[str, str, int]]:
         """Worker → job, state and fence, for every job that is held now."""
-        with self.database.read() as s:
-            rows = s.execute(
-                text("SELECT worker, id, state, fence FROM jobs WHERE lease_until IS NOT NULL")
-            ).all()
+        held = text("SELECT worker, id, state, fence FROM jobs WHERE lease_until IS NOT NULL")
+        rows = self.look(lambda s: s.execute(held).all())
         return {row.worker: (row.id, row.state, row.fence) for row in rows}
 
     def arm(self, point: str, action: str = "kill", *, skip: int = 0, times: int = 1) -> None:

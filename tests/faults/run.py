@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -16,6 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +122,14 @@ class Campaign:
         """Run one of each variant undisturbed."""
         ids = {name: self._submit(name) for name in names}
         self._wait(list(ids.values()), seconds=180.0)
-        with self._installation.database.read() as s:
-            for name, job_id in ids.items():
-                found = audit.seen(s, job_id, self._installation.data_dir)
-                wanted = "succeeded" if VARIANTS[name].code is None else "failed"
-                if (found.state, found.code) != (wanted, VARIANTS[name].code):
-                    raise AssertionError(f"undisturbed, {name} is {found.state} ({found.code})")
-                self.references[name] = audit.reference(found)
+        for name, job_id in ids.items():
+            found = self._installation.look(
+                partial(audit.seen, job_id=job_id, data_dir=self._installation.data_dir)
+            )
+            wanted = "succeeded" if VARIANTS[name].code is None else "failed"
+            if (found.state, found.code) != (wanted, VARIANTS[name].code):
+                raise AssertionError(f"undisturbed, {name} is {found.state} ({found.code})")
+            self.references[name] = audit.reference(found)
 
     def run(self, kinds: Sequence[str], *, settle: float = 1.0) -> None:
         """Submit `count` jobs and inject `kinds`, spread over them; returns when every job has ended."""
@@ -134,7 +137,8 @@ class Campaign:
             self._draw.choice(sorted(HOPELESS if self._draw.random() < self._hopeless else USUAL))
             for _ in range(self._count)
         ]
-        names = [name for name in names if name in self.references] or [next(iter(self.references))]
+        known = sorted(self.references.keys() - HOPELESS.keys())
+        names = [name if name in self.references else self._draw.choice(known) for name in names]
         feeder = threading.Thread(target=self._feed, args=(names,), name="feeder", daemon=True)
         feeder.start()
         for number, kind in enumerate(kinds):
@@ -153,7 +157,7 @@ class Campaign:
     def _feed(self, names: Sequence[str]) -> None:
         try:
             for name in names:
-                while len(self._open()) > 2 * len(self._installation.workers):
+                while self._open() > 2 * len(self._installation.workers):
                     time.sleep(0.1)
                 self._submit(name)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`
@@ -165,20 +169,19 @@ class Campaign:
         self._submitted.append(job_id)
         return job_id
 
-    def _open(self) -> list[str]:
-        with self._installation.database.read() as s:
-            counted = jobs.counts(s)
-            return ["job"] * sum(count for state, count in counted.items() if state not in TERMINAL)
+    def _open(self) -> int:
+        counted = self._installation.look(jobs.counts)
+        return sum(count for state, count in counted.items() if state not in TERMINAL)
 
     def _ended(self) -> int:
-        return len(self._submitted) - len(self._open()) - len(self.references)
+        return len(self._submitted) - self._open() - len(self.references)
 
     def _wait(self, ids: Sequence[str], seconds: float) -> None:
         """Until all have ended, or until nothing ended for `seconds`: the checker says what is missing."""
         patience, left = time.monotonic() + seconds, len(ids) + 1
         while time.monotonic() < patience:
             self.injector.resume_paused()
-            now = len(self._open())
+            now = self._open()
             if not now:
                 return
             if now < left:
@@ -272,6 +275,10 @@ def main() -> int:
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="postgresql")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--only", action="append", help="only this kind of fault; may be repeated")
+    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--patience", type=float, default=90.0, help="seconds without any end: then it is over"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--keep", action="store_true", help="leave the folder with its logs")
     arguments = parser.parse_args()
@@ -281,6 +288,8 @@ def main() -> int:
     faults: int | list[str] = arguments.faults
     if arguments.only:
         faults = [random.Random(seed + n).choice(arguments.only) for n in range(arguments.faults)]
+    # However it is ended, the servers and workers must be gone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     result = run(
         folder,
         database=arguments.database,
@@ -288,6 +297,8 @@ def main() -> int:
         faults=faults,
         seed=seed,
         workers=arguments.workers,
+        variants=arguments.variants,
+        patience=arguments.patience,
     )
     summary = result.summary()
     print(table(summary))

@@ -213,6 +213,15 @@ BROKEN: list[tuple[str, str, Callable[[Evidence], Evidence]]] = [
         lambda e: job(e, checkpoints=[dataclasses.replace(SAVED, loads=False)]),
     ),
     (
+        "past its first a checkpoint loads",
+        "began anew",
+        lambda e: change(
+            e,
+            Change(6.6, "a", "checkpoint", 0, 3, 2, 2, writer=2),
+            Change(6.7, "a", "cut", 4, 0, 2, 2),
+        ),
+    ),
+    (
         "the api refuses only as documented",
         "a 500",
         lambda e: request(e, Request(9.0, "GET", "/jobs/a", status=500, job_id="a")),
