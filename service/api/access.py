@@ -1,25 +1,26 @@
 """Who is calling, and what the call's key allows.
 
 With a key configured every request but `/health/…` needs one. Without, the server answers this machine alone,
-as tenant `default` with all scopes.
+as tenant `default` with all scopes. What the database said of a key holds for a second (`door`): that much
+later a revoked key, or the first one ever made, takes effect.
 """
 
 import ipaddress
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
-from service.api.context import ContextDep
+from service.api.context import Context, ContextDep
+from service.api.door import Caller
 from service.api.problems import ProblemError
-from service.store import keys
 
 Scope = Literal["read", "submit", "admin"]
-ALL_SCOPES: frozenset[str] = frozenset({"read", "submit", "admin"})
-DEFAULT_TENANT = "default"
+NOBODY_IN_PARTICULAR = Caller("default", frozenset({"read", "submit", "admin"}))
+"""Who calls while no key is configured."""
 
 _bearer = HTTPBearer(
     auto_error=False,
@@ -29,19 +30,10 @@ _bearer = HTTPBearer(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The tenant that a request belongs to, and its scopes."""
-
-    tenant: str
-    scopes: frozenset[str]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def identify(
-    request: Request,
-    context: ContextDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Caller:
+async def identify(request: Request, context: ContextDep, credentials: Credentials) -> Caller:
     """The caller behind `request`.
 
     Raises:
@@ -50,20 +42,20 @@ def identify(
     if credentials is None:
         if "authorization" in request.headers:
             raise _unauthorized("The authorization header is not of the form: Bearer tk_…")
-        return _without_key(request, context)
-    with context.database.read() as session:
-        key = keys.authenticate(session, credentials.credentials)
-    if key is None:
+        return await _without_key(request, context)
+    secret = credentials.credentials
+    caller = context.door.known(secret) or await run_in_threadpool(context.door.ask, secret)
+    if caller is None:
         raise _unauthorized(
             "This key is unknown, expired or revoked; `halfstep keys list` shows the valid ones."
         )
-    return Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
+    return caller
 
 
-def requires(scope: Scope) -> Callable[[Caller], Caller]:
+def requires(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
     """A dependency that lets only keys with `scope` (or `admin`) through."""
 
-    def allowed(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+    async def allowed(caller: Annotated[Caller, Depends(identify)]) -> Caller:
         if scope not in caller.scopes and "admin" not in caller.scopes:
             raise ProblemError(
                 HTTPStatus.FORBIDDEN,
@@ -80,11 +72,10 @@ Reader = Annotated[Caller, Depends(requires("read"))]
 Submitter = Annotated[Caller, Depends(requires("submit"))]
 
 
-def _without_key(request: Request, context: ContextDep) -> Caller:
-    with context.database.read() as session:
-        # Also where every key is revoked or expired: losing the last one must not open the server.
-        if keys.list_keys(session):
-            raise _unauthorized("This server needs a key: send the header authorization: Bearer tk_…")
+async def _without_key(request: Request, context: Context) -> Caller:
+    # Also where every key is revoked or expired: losing the last one must not open the server.
+    if not (context.door.known_open() or await run_in_threadpool(context.door.ask_open)):
+        raise _unauthorized("This server needs a key: send the header authorization: Bearer tk_…")
     # A page in a local browser can reach a loopback port under a name that its own DNS points here
     # (rebinding): such a request carries that name, and gets nothing.
     peer_is_local = request.client is None or is_loopback(request.client.host)
@@ -96,7 +87,7 @@ def _without_key(request: Request, context: ContextDep) -> Caller:
             "No key is configured, so this server answers its own machine only, at localhost or 127.0.0.1. "
             "Make a key with `halfstep keys create`.",
         )
-    return Caller(tenant=DEFAULT_TENANT, scopes=ALL_SCOPES)
+    return NOBODY_IN_PARTICULAR
 
 
 def is_loopback(host: str) -> bool:

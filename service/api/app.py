@@ -8,6 +8,8 @@ from fastapi import FastAPI
 
 from service.api import openapi, problems
 from service.api.context import Context
+from service.api.door import Door
+from service.api.feed import Feed
 from service.api.request_id import RequestIds
 from service.api.routes import (
     checkpoints,
@@ -19,9 +21,10 @@ from service.api.routes import (
     jobs,
     metrics,
     stats,
+    stream,
     workers,
 )
-from service.api.watch import StatsWatcher
+from service.api.watch import JobWatcher
 from service.settings import Settings
 from service.store import metrics as record
 from service.store.database import Database
@@ -55,7 +58,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         with store.read() as session:
             return record.versions(session, job_ids)
 
-    watcher = StatsWatcher(versions)
+    watcher = JobWatcher(versions)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -80,9 +83,23 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.context = Context(settings=settings, database=store, watcher=watcher)
+    app.state.context = Context(
+        settings=settings, database=store, door=Door(store), watcher=watcher, feed=Feed.of(store)
+    )
     problems.install(app)
-    for resource in (jobs, control, checkpoints, stats, metrics, events, components, workers, health, docs):
+    for resource in (
+        jobs,
+        control,
+        checkpoints,
+        stats,
+        metrics,
+        events,
+        stream,
+        components,
+        workers,
+        health,
+        docs,
+    ):
         app.include_router(resource.router)
     app.add_middleware(RequestIds)
 

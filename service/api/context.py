@@ -1,11 +1,13 @@
-"""What every route needs of its process: settings, database, and the watcher that waits for changes."""
+"""What every route needs of its process: settings, database, and what its requests share."""
 
 from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from service.api.watch import StatsWatcher
+from service.api.door import Door
+from service.api.feed import Feed
+from service.api.watch import JobWatcher
 from service.settings import Settings
 from service.store.database import Database
 
@@ -16,7 +18,9 @@ class Context:
 
     settings: Settings
     database: Database
-    watcher: StatsWatcher
+    door: Door
+    watcher: JobWatcher
+    feed: Feed
 
     @property
     def live_seconds(self) -> float:

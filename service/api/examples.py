@@ -1,5 +1,6 @@
 """Examples of the OpenAPI document and the /docs page. A test checks each against its schema."""
 
+import json
 from typing import Any
 
 _ID = "01935b2e-7a6c-7c1e-9b1a-5f0c2d3e4f50"
@@ -147,6 +148,40 @@ RETRIES: dict[str, Any] = {
         "value": {"from_checkpoint": 23},
     },
 }
+
+STREAM_STATE: dict[str, Any] = {
+    "seq": 3,
+    "at": "2026-11-02T09:30:00.850000Z",
+    "state": "running",
+    "is_terminal": False,
+    "attempt": 1,
+    "worker": "gpu-host-1",
+    "message": "running",
+}
+STREAM_METRICS: dict[str, Any] = {
+    "attempt": 1,
+    "count": 2,
+    "columns": {"step": [45, 46], "loss": [0.29, 0.31]},
+    "next_after_step": 46,
+    "last_step": 46,
+}
+STREAM_END: dict[str, Any] = {
+    "job_id": _ID,
+    "state": "succeeded",
+    "is_terminal": True,
+    "status_reason": None,
+    "attempt": 1,
+    "last_step": 46,
+    "deleted": False,
+}
+STREAM = "".join(
+    f"event: {kind}\nid: {identifier}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+    for kind, identifier, data in (
+        ("state", "s0.e3.j3e4f50", STREAM_STATE),
+        ("metrics", "s46.e3.j3e4f50", STREAM_METRICS),
+        ("end", "s46.e4.j3e4f50.end", STREAM_END),
+    )
+)
 
 COMPONENT: dict[str, Any] = {
     "kind": "model",

@@ -1,7 +1,7 @@
 """The OpenAPI document: what the framework finds in the routes, and what it cannot know.
 
-It cannot know the request bodies of POST /jobs and of a retry, which are read by hand, and the problem
-document of every error.
+It cannot know the request bodies of POST /jobs and of a retry, which are read by hand, the messages of a stream,
+and the problem document of every error.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from service.api.problems import PROBLEM_TYPE
-from service.api.schemas import Problem
+from service.api.schemas import Event, Problem, StreamEnd, StreamMetrics, StreamState
 from service.contract.spec import JobSpec, RetryRequest
 
 _REF = "#/components/schemas/{model}"
 _PROBLEM = {"schema": {"$ref": _REF.format(model="Problem")}}
+
+# What is answered and stands in no route's response model.
+_ANSWERS = (Problem, Event, StreamState, StreamMetrics, StreamEnd)
 
 _MEANINGS = {
     HTTPStatus.BAD_REQUEST: "The body is not JSON.",
@@ -75,7 +78,11 @@ def document(app: FastAPI) -> dict[str, Any]:
             tags=app.openapi_tags,
         )
         _, added = models_json_schema(
-            [(JobSpec, "validation"), (RetryRequest, "validation"), (Problem, "serialization")],
+            [
+                (JobSpec, "validation"),
+                (RetryRequest, "validation"),
+                *((model, "serialization") for model in _ANSWERS),
+            ],
             ref_template=_REF,
         )
         schemas = built.setdefault("components", {}).setdefault("schemas", {})

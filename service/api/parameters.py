@@ -7,9 +7,17 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 
 from service.api.pointers import suggestion
+from service.contract.metrics import METRIC_COLUMNS
 
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]
+Fields = Annotated[
+    str | None,
+    Query(
+        max_length=1000,
+        description="Columns of the step record, separated by commas; `step` is always there.",
+    ),
+]
 JobPath = Annotated[str, Path(description="The job's id.", json_schema_extra={"format": "uuid"})]
 
 StepPath = Annotated[int, Path(ge=1, le=2**53, description="The checkpoint's step.")]
@@ -50,3 +58,25 @@ def matches(if_none_match: str | None, etag: str) -> bool:
     if if_none_match is None:
         return False
     return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)
+
+
+def metric_columns(fields: str | None) -> list[str] | None:
+    """The columns that `fields` names, in the record's order; None for all.
+
+    Raises:
+        RequestValidationError: a name that is no column's, or none at all.
+    """
+    if fields is None:
+        return None
+    named = [name.strip() for name in fields.split(",") if name.strip()]
+    for name in named:
+        if name not in METRIC_COLUMNS:
+            raise wrong_query("fields", f"names no column; {suggestion(name, METRIC_COLUMNS)}")
+    if not named:
+        raise wrong_query("fields", f"names no column; known: {', '.join(METRIC_COLUMNS)}")
+    return [name for name in METRIC_COLUMNS if name == "step" or name in named]
+
+
+def wrong_query(parameter: str, detail: str) -> RequestValidationError:
+    """The refusal of a query parameter that is well formed and wrong all the same."""
+    return RequestValidationError([{"loc": ("query", parameter), "msg": detail}])

@@ -8,7 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.examples import CHECKPOINT, COMPONENT, EVENTS, JOB, METRICS, PROBLEM, RESOLVED, STATS, WORKER
+from service.api.examples import (
+    CHECKPOINT,
+    COMPONENT,
+    EVENTS,
+    JOB,
+    METRICS,
+    PROBLEM,
+    RESOLVED,
+    STATS,
+    STREAM_END,
+    STREAM_METRICS,
+    STREAM_STATE,
+    WORKER,
+)
 from service.contract.precision import MixedPrecisionMode, PrecisionLevel
 from service.contract.speed import DtypeSpeed
 from service.contract.states import JobState, ReasonCode
@@ -252,6 +265,46 @@ class CheckpointList(_Answer):
     """What can be downloaded or retried from, newest first."""
 
     items: list[Checkpoint]
+
+
+class StreamState(BaseModel):
+    """`state` of a stream: the job entered a state."""
+
+    model_config = _with(STREAM_STATE)
+
+    seq: int = Field(ge=1, description="Its place among the job's events.")
+    at: datetime
+    state: JobState
+    is_terminal: bool
+    attempt: int = Field(ge=1)
+    worker: str | None
+    message: str
+
+
+class StreamMetrics(BaseModel):
+    """`metrics` of a stream: the next steps of the record, column by column."""
+
+    model_config = _with(STREAM_METRICS)
+
+    attempt: int = Field(ge=1)
+    count: int = Field(ge=1, description="Rows in each column.")
+    columns: dict[str, list[float | bool | str | None]] = Field(description="As in MetricsPage.")
+    next_after_step: int = Field(description="The last step of these.")
+    last_step: int = Field(ge=0, description="The newest step of the record.")
+
+
+class StreamEnd(BaseModel):
+    """`end` of a stream: its last message. A job that was deleted meanwhile has neither state nor attempt."""
+
+    model_config = _with(STREAM_END)
+
+    job_id: JobId
+    state: JobState | None
+    is_terminal: Literal[True]
+    status_reason: Reason | None
+    attempt: int | None
+    last_step: int | None
+    deleted: bool
 
 
 class Component(BaseModel):

@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 
 from service.api import create_app
 from service.api.__main__ import refuse_open_door
+from service.api.door import KEEP_SECONDS, Door
 from service.errors import ConfigurationError
 from service.settings import Settings
 from service.store import components, keys
@@ -27,6 +28,7 @@ PATHS = (
     ("GET", "/jobs/{id}/checkpoints"),
     ("GET", "/jobs/{id}/checkpoints/1/model"),
     ("POST", "/jobs/{id}/cancel"),
+    ("GET", "/jobs/{id}/stream"),  # after the cancellation: of a job that has ended, the stream ends
     ("POST", "/jobs/{id}/pause"),
     ("POST", "/jobs/{id}/resume"),
     ("POST", "/jobs/{id}/retry"),
@@ -124,8 +126,22 @@ def test_with_a_key_configured_every_path_asks_for_one(
     assert client.get("/health/ready").status_code == 200
 
 
+@pytest.fixture
+def later(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass for what is remembered of keys, and for nothing else."""
+    door: Door = client.app.state.context.door  # type: ignore[attr-defined]  # TestClient's app is any ASGI callable
+    now = time.monotonic()
+    monkeypatch.setattr(door, "_clock", lambda: now)
+
+    def pass_seconds(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    return pass_seconds
+
+
 def test_a_revoked_or_expired_key_is_worth_nothing_and_opens_nothing(
-    client: TestClient, new_key: NewKey, database: Database
+    client: TestClient, new_key: NewKey, database: Database, later: Callable[[float], None]
 ) -> None:
     expired = new_key(expires_at=time.time() - 60)
     assert client.get("/jobs", headers=expired).status_code == 401
@@ -135,8 +151,31 @@ def test_a_revoked_or_expired_key_is_worth_nothing_and_opens_nothing(
     with database.begin() as session:
         for key in keys.list_keys(session):
             keys.revoke(session, key.id)
+    later(KEEP_SECONDS)
     assert client.get("/jobs", headers=valid).status_code == 401
     assert client.get("/jobs").status_code == 401
+
+
+def test_what_is_known_of_keys_holds_for_a_second_and_no_longer(
+    client: TestClient, new_key: NewKey, database: Database, later: Callable[[float], None]
+) -> None:
+    assert KEEP_SECONDS <= 1
+    assert client.get("/jobs").status_code == 200
+    guess = {"authorization": "Bearer tk_" + "x" * 43}
+    assert client.get("/jobs", headers=guess).status_code == 401
+    with database.begin() as session:
+        keys.import_secret(session, "tk_" + "x" * 43, tenant="t", name="k", scopes=("read",))
+    assert client.get("/jobs", headers=guess).status_code == 200, "a new key is good at once"
+    later(0.99)
+    assert client.get("/jobs").status_code == 200, "a server that was open just now"
+    later(0.02)
+    assert client.get("/jobs").status_code == 401
+    assert client.get("/jobs", headers=guess).status_code == 200
+    with database.begin() as session:
+        keys.revoke(session, keys.list_keys(session)[0].id)
+    later(1.01)
+    assert client.get("/jobs", headers=guess).status_code == 401
+    assert client.get("/jobs", headers=guess).status_code == 401
 
 
 def test_scopes_limit_a_key(anywhere: TestClient, new_key: NewKey) -> None:

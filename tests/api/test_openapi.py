@@ -21,6 +21,7 @@ from service.contract.spec import JobSpec, RetryRequest
 from service.settings import Settings
 
 from .conftest import Trainer
+from .test_stream import parsed
 
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"
 REGENERATE = "python -m service.api.export docs/openapi.json"
@@ -78,6 +79,9 @@ def test_every_operation_declares_its_failures_and_has_an_example(document: dict
         (schemas.MetricsPage, examples.METRICS),
         (schemas.EventPage, examples.EVENTS),
         (schemas.Checkpoint, examples.CHECKPOINT),
+        (schemas.StreamState, examples.STREAM_STATE),
+        (schemas.StreamMetrics, examples.STREAM_METRICS),
+        (schemas.StreamEnd, examples.STREAM_END),
         (schemas.Component, examples.COMPONENT),
         (schemas.Worker, examples.WORKER),
         (schemas.Problem, examples.PROBLEM),
@@ -132,6 +136,13 @@ def test_real_answers_are_of_their_schemas(
         ("/jobs?limit=0", "Problem"),
     ):
         check(document, name, client.get(path).json())
+    messages = parsed(client.get(f"/jobs/{job_id}/stream").text)
+    names = {"state": "StreamState", "event": "Event", "metrics": "StreamMetrics", "end": "StreamEnd"}
+    assert {message.kind for message in messages} == set(names)
+    for message in messages:
+        check(document, names[message.kind], message.data)
+        assert set(message.data) == set(document["components"]["schemas"][names[message.kind]]["properties"])
+    assert {message.kind for message in parsed(examples.STREAM)} == {"state", "metrics", "end"}
     dry = client.post("/jobs?dry_run=true", json=examples.SUBMISSIONS["smallest"]["value"]).json()
     check(document, "DryRun", dry)
     # What the service resolves is itself a spec.
@@ -144,7 +155,7 @@ def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     for word in ("<script", "<link", "<img", "http://", "https://", "src=", "@import", "url("):
         assert word not in page.text, word
-    for path in ("/jobs/{job_id}/stats", "/components"):
+    for path in ("/jobs/{job_id}/stats", "/jobs/{job_id}/stream", "/components"):
         assert path in page.text
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from service.store import components, keys
+from service.store import components, keys, workers
 from service.store.database import Database
 from service.store.schema import migrate
 
 from .catalogue import INFOS
-from .conftest import SPEC
+from .conftest import CPU, SPEC, Trainer
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -186,6 +186,51 @@ def test_a_client_that_leaves_while_waiting_is_not_waited_for(start: Start) -> N
     while answered() == 1:
         assert time.monotonic() < deadline, server.log()
         time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("database")
+def test_a_stream_arrives_at_once_and_ends_with_the_server(start: Start) -> None:
+    server = start()
+    server.until_live()
+    job_id = httpx.post(f"{server.url}/jobs", json=SPEC).json()["id"]
+    with httpx.stream("GET", f"{server.url}/jobs/{job_id}/stream", timeout=40) as answer:
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith("data: ")).startswith('data: {"seq":1,')
+        httpx.post(f"{server.url}/jobs/{job_id}/cancel")
+        assert "event: end" in lines
+        assert list(lines)[-1] == "", "the answer is complete"
+    other = httpx.post(f"{server.url}/jobs", json=SPEC).json()["id"]
+    with httpx.stream("GET", f"{server.url}/jobs/{other}/stream", timeout=40) as answer:
+        lines = answer.iter_lines()
+        assert "event: state" in lines
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+        assert not any(line.startswith("event: end") for line in rest)
+        assert any(line.startswith(": the server stops") for line in rest)
+    assert server.process.wait(15) == 0
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.usefixtures("database")
+def test_a_listener_that_takes_nothing_does_not_hold_up_the_end(start: Start, database: Database) -> None:
+    server = start()
+    server.until_live()
+    job_id = httpx.post(f"{server.url}/jobs", json=SPEC).json()["id"]
+    trainer = Trainer(database)
+    with database.begin() as session:
+        workers.register(session, worker_id="w1", name="w", pid=1, capability=CPU, versions={}, slots=1)
+    fence = trainer.claim(job_id)
+    for first in range(1, 40_000, 4000):
+        trainer.steps(job_id, fence, first, first + 3999)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(f"GET /jobs/{job_id}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        asked = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 0
+        assert time.monotonic() - asked < 15
+    assert "Traceback" not in server.log()
 
 
 def test_it_ends_while_it_still_waits_for_its_database(start: Start) -> None:

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from service.api.context import Context
 from service.api.problems import ProblemError
-from service.api.watch import StatsWatcher
+from service.api.watch import JobWatcher
 from service.errors import StoreUnavailable
 
 from .conftest import Trainer
@@ -33,6 +33,10 @@ class Versions:
         return {job_id: self.now[job_id] for job_id in job_ids if job_id in self.now}
 
 
+def waiters(watcher: JobWatcher) -> int:
+    return len(watcher._waiting)
+
+
 async def never() -> None:
     await asyncio.Event().wait()
 
@@ -49,7 +53,7 @@ def run(scenario: Callable[[], Any]) -> None:
 
 def test_one_round_serves_all_waiters() -> None:
     versions = Versions(a=1, b=1)
-    watcher = StatsWatcher(versions, poll_seconds=0.01)
+    watcher = JobWatcher(versions, poll_seconds=0.01)
 
     async def scenario() -> None:
         gone = asyncio.ensure_future(never())
@@ -60,15 +64,15 @@ def test_one_round_serves_all_waiters() -> None:
         ]
         while len(versions.asked) < 3:
             await asyncio.sleep(0.005)
-        assert watcher.waiting == 600
+        assert waiters(watcher) == 600
         assert all(asked == ["a", "b"] for asked in versions.asked)
         versions.now["a"] = 2
         await all_end(waits[:300])
-        assert watcher.waiting == 300
+        assert waiters(watcher) == 300
         assert not any(wait.done() for wait in waits[300:])
         del versions.now["b"]  # deleted: its waiters learn of it too
         await all_end(waits)
-        assert watcher.waiting == 0
+        assert waiters(watcher) == 0
         rounds = len(versions.asked)
         await asyncio.sleep(0.1)
         assert len(versions.asked) <= rounds + 1, "with nobody waiting nothing is polled"
@@ -80,7 +84,7 @@ def test_one_round_serves_all_waiters() -> None:
 
 
 def test_time_ends_a_wait_and_so_does_a_client_that_left() -> None:
-    watcher = StatsWatcher(Versions(a=1), poll_seconds=0.01)
+    watcher = JobWatcher(Versions(a=1), poll_seconds=0.01)
 
     async def scenario() -> None:
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -91,28 +95,76 @@ def test_time_ends_a_wait_and_so_does_a_client_that_left() -> None:
         await asyncio.sleep(0.03)
         gone.set_result(None)
         await all_end([waiting])
-        assert watcher.waiting == 0
+        assert waiters(watcher) == 0
 
     run(scenario)
 
 
 def test_one_too_many_is_refused() -> None:
-    watcher = StatsWatcher(Versions(a=1), poll_seconds=0.01, most=3)
+    watcher = JobWatcher(Versions(a=1), poll_seconds=0.01, most=3)
 
     async def scenario() -> None:
         gone = asyncio.ensure_future(never())
-        waits = [asyncio.ensure_future(watcher.wait("a", 1, seconds=15, gone=gone)) for _ in range(3)]
-        await asyncio.sleep(0.02)
+
+        async def request(seconds: float) -> int | None:
+            with watcher.place():
+                return await watcher.wait("a", 1, seconds=seconds, gone=gone)
+
+        waits = [asyncio.create_task(request(15)) for _ in range(3)]
+        while watcher.taken < 3:
+            await asyncio.sleep(0.005)
         with pytest.raises(ProblemError) as caught:
-            await watcher.wait("a", 1, seconds=15, gone=gone)
+            await request(15)
         assert caught.value.status == 503
         assert int(caught.value.headers["retry-after"]) > 0
         waits[0].cancel()
         await all_end(waits[:1])
-        await watcher.wait("a", 1, seconds=0.02, gone=gone)
+        assert await request(0.02) is None
         watcher.stop()
         await all_end(waits)
-        await watcher.wait("a", 1, seconds=15, gone=gone)
+        assert await request(15) is None
+        gone.cancel()
+
+    run(scenario)
+
+
+def test_who_waits_learns_what_was_reached_and_an_old_answer_wakes_nobody() -> None:
+    versions = Versions(a=5)
+    watcher = JobWatcher(versions, poll_seconds=0.01)
+
+    async def scenario() -> None:
+        gone = asyncio.ensure_future(never())
+        assert await watcher.wait("a", 4, seconds=15, gone=gone) == 5
+        # The answer of a question asked before the waiter's own look at the job.
+        assert await watcher.wait("a", 6, seconds=0.1, gone=gone) is None
+        del versions.now["a"]
+        reached = await watcher.wait("a", 6, seconds=15, gone=gone)
+        assert reached is not None
+        assert reached > 2**62
+        gone.cancel()
+
+    run(scenario)
+
+
+def test_who_comes_while_the_database_is_asked_is_not_taken_for_gone() -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(job_ids: Sequence[str]) -> Mapping[str, int]:
+        asked.set()
+        answer.wait(10)
+        return dict.fromkeys(job_ids, 1)
+
+    watcher = JobWatcher(slow, poll_seconds=0.01)
+
+    async def scenario() -> None:
+        gone = asyncio.ensure_future(never())
+        first = asyncio.ensure_future(watcher.wait("a", 1, seconds=15, gone=gone))
+        await asyncio.to_thread(asked.wait)
+        second = asyncio.ensure_future(watcher.wait("b", 1, seconds=0.3, gone=gone))
+        await asyncio.sleep(0)
+        answer.set()
+        assert await second is None
+        first.cancel()
         gone.cancel()
 
     run(scenario)
@@ -121,7 +173,7 @@ def test_one_too_many_is_refused() -> None:
 def test_a_database_that_is_away_for_a_while_loses_no_waiter() -> None:
     versions = Versions(a=1)
     versions.fails = 3
-    watcher = StatsWatcher(versions, poll_seconds=0.01)
+    watcher = JobWatcher(versions, poll_seconds=0.01)
 
     async def scenario() -> None:
         gone = asyncio.ensure_future(never())
@@ -152,7 +204,7 @@ def test_a_change_answers_a_waiting_request(
     started = time.monotonic()
     for thread in threads:
         thread.start()
-    while context.watcher.waiting < 5:
+    while waiters(context.watcher) < 5:
         assert time.monotonic() - started < 15
         time.sleep(0.01)
     trainer.claim(job_id)

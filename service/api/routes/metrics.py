@@ -5,19 +5,16 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from service.api.access import Reader
 from service.api.context import ContextDep
 from service.api.examples import METRICS_CSV, METRICS_NDJSON
 from service.api.openapi import declares
-from service.api.parameters import JobPath, KnownQuery, Ordinal
-from service.api.pointers import suggestion
+from service.api.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns, wrong_query
 from service.api.problems import ProblemError
 from service.api.schemas import MetricsPage
 from service.api.wire import json_answer, json_bytes, spelled_column
-from service.contract.metrics import METRIC_COLUMNS
 from service.store import jobs, metrics
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
@@ -50,10 +47,7 @@ def get_metrics(
     from_step: Annotated[Ordinal | None, Query(description="From this step on.")] = None,
     to_step: Annotated[Ordinal | None, Query(description="Up to this step.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-    fields: Annotated[
-        str | None,
-        Query(max_length=1000, description="Columns, separated by commas; `step` is always there."),
-    ] = None,
+    fields: Fields = None,
     max_points: Annotated[
         int | None,
         Query(
@@ -67,11 +61,13 @@ def get_metrics(
 ) -> Response:
     """The step record of a job."""
     media_type = _negotiate(accept)
-    columns = _columns(fields)
+    columns = metric_columns(fields)
     if after_step is not None and (from_step is not None or to_step is not None):
-        raise _wrong("after_step", "cannot be combined with from_step or to_step; use one way or the other")
+        raise wrong_query(
+            "after_step", "cannot be combined with from_step or to_step; use one way or the other"
+        )
     if from_step is not None and to_step is not None and from_step > to_step:
-        raise _wrong("to_step", "must not be below from_step")
+        raise wrong_query("to_step", "must not be below from_step")
     bucket_steps = None
     with context.database.read() as session:
         job = jobs.get(session, job_id, tenant=caller.tenant)
@@ -109,22 +105,6 @@ def get_metrics(
             "bucket_steps": bucket_steps,
         }
     )
-
-
-def _columns(fields: str | None) -> list[str] | None:
-    if fields is None:
-        return None
-    named = [name.strip() for name in fields.split(",") if name.strip()]
-    for name in named:
-        if name not in METRIC_COLUMNS:
-            raise _wrong("fields", f"names no column; {suggestion(name, METRIC_COLUMNS)}")
-    if not named:
-        raise _wrong("fields", f"names no column; known: {', '.join(METRIC_COLUMNS)}")
-    return [name for name in METRIC_COLUMNS if name == "step" or name in named]
-
-
-def _wrong(parameter: str, detail: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("query", parameter), "msg": detail}])
 
 
 def _negotiate(accept: str | None) -> str:

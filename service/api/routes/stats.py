@@ -8,12 +8,14 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from service.api.access import Caller, Reader
+from service.api.access import Reader
 from service.api.context import Context, ContextDep
+from service.api.door import Caller
 from service.api.openapi import declares
 from service.api.parameters import JobPath, KnownQuery, matches
 from service.api.schemas import Stats
 from service.api.views import stats_view
+from service.api.watch import until_gone
 from service.api.wire import json_bytes
 from service.store import metrics
 
@@ -56,9 +58,10 @@ async def get_stats(
     """The summary of a job, as cheap for a long job as for a short one."""
     version, is_terminal, answer = await run_in_threadpool(_summary, context, caller, job_id)
     if matches(if_none_match, _etag(version)) and wait_seconds > 0 and not is_terminal:
-        gone = asyncio.ensure_future(_until_gone(request))
+        gone = asyncio.ensure_future(until_gone(request.receive))
         try:
-            await context.watcher.wait(job_id, version, seconds=wait_seconds, gone=gone)
+            with context.watcher.place():
+                await context.watcher.wait(job_id, version, seconds=wait_seconds, gone=gone)
         finally:
             gone.cancel()
         version, is_terminal, answer = await run_in_threadpool(_summary, context, caller, job_id)
@@ -76,8 +79,3 @@ def _summary(context: Context, caller: Caller, job_id: str) -> tuple[int, bool, 
 
 def _etag(version: int) -> str:
     return f'"{version}"'
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

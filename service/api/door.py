@@ -1,0 +1,80 @@
+"""What the database says of keys, remembered for a moment: most keys that come were looked up just now.
+
+Only good news is remembered: a new key is good at once, and a guess costs its own query.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.store import keys
+from service.store.database import Database
+
+KEEP_SECONDS = 1.0
+MOST_KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The tenant that a request belongs to, and its scopes."""
+
+    tenant: str
+    scopes: frozenset[str]
+
+
+class Door:
+    """The keys of one database; shared between threads.
+
+    Args:
+        database: Where the keys are.
+        keep_seconds: How long a key that was valid counts as valid, and a server without keys as open.
+        clock: Seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep_seconds: float = KEEP_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database, self._keep_seconds, self._clock = database, keep_seconds, clock
+        self._known: dict[bytes, tuple[float, Caller]] = {}
+        self._open_until = float("-inf")
+
+    def known(self, secret: str) -> Caller | None:
+        """The caller with this secret, if that was looked up just now. Asks nobody."""
+        until, caller = self._known.get(_digest(secret), (float("-inf"), None))
+        return caller if self._clock() < until else None
+
+    def ask(self, secret: str) -> Caller | None:
+        """The caller with this secret by the database; None for a key that is unknown, expired or revoked."""
+        asked = self._clock()
+        with self._database.read() as session:
+            key = keys.authenticate(session, secret)
+        if key is None:
+            self._known.pop(_digest(secret), None)
+            return None
+        caller = Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
+        if len(self._known) >= MOST_KEPT:
+            self._known.clear()
+        self._known[_digest(secret)] = (asked + self._keep_seconds, caller)
+        return caller
+
+    def known_open(self) -> bool:
+        """Whether there was no key at all just now. Asks nobody."""
+        return self._clock() < self._open_until
+
+    def ask_open(self) -> bool:
+        """Whether there is no key at all, not even a revoked one, by the database."""
+        asked = self._clock()
+        with self._database.read() as session:
+            is_open = not keys.list_keys(session)
+        self._open_until = asked + self._keep_seconds if is_open else float("-inf")
+        return is_open
+
+
+def _digest(secret: str) -> bytes:
+    # Secrets are not kept, not even for a second.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
