@@ -54,7 +54,6 @@ class Door:
         with self._database.read() as session:
             key = keys.authenticate(session, secret)
         if key is None:
-            self._known.pop(_digest(secret), None)
             return None
         caller = Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
         if len(self._known) >= MOST_KEPT:

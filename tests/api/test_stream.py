@@ -246,10 +246,11 @@ def test_a_listener_may_begin_later(client: TestClient, ended: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "identifier", ["x", "s1.e1", "s1.e1.j00000g", "s-1.e1.j{end}", "s1.e9.j{end}", "s1.e1.j{wrong}", "1" * 90]
+    "identifier", ["x", "s1.e1", "s1.e1.j00000g", "s-1.e1.j{end}", "s1.e99.j{end}", "s1.e1.j{wrong}", "1" * 90]
 )
 def test_an_id_of_something_else_is_refused(client: TestClient, submit: Submit, identifier: str) -> None:
     job_id = submit()
+    client.post(f"/jobs/{job_id}/cancel")
     wrong = f"{(int(job_id[-6:], 16) + 1) % 2**24:06x}"
     answer = client.get(
         f"/jobs/{job_id}/stream",
@@ -535,7 +536,8 @@ def test_the_end_of_the_process_ends_every_stream(
             context.watcher.stop()
             await quiet.until(lambda it: it.finished)
             assert "end" not in quiet.kinds()
-            await asyncio.wait_for(stuck.task, SOON)
+            await asyncio.wait([stuck.task], timeout=SOON)
+            assert stuck.task.done()
             assert not stuck.finished
             assert context.watcher.taken == 0
 
@@ -555,6 +557,23 @@ def test_a_page_is_read_anew_once_the_job_is_known_to_be_further(context: Contex
         assert reads.count == 2
         await context.feed.page(job_id, start, ["step"], version=0)
         assert reads.count == 3
+
+    run(scenario)
+
+
+def test_a_listener_that_leaves_takes_nobodys_read_with_it(context: Context, submit: Submit) -> None:
+    job_id = submit()
+    reads = Reads(context.feed)
+    start = Position(0, 0, settled=0)
+
+    async def scenario() -> None:
+        leaves, stays = (
+            asyncio.create_task(context.feed.page(job_id, start, None, version=0)) for _ in range(2)
+        )
+        await asyncio.sleep(0)
+        leaves.cancel()
+        assert (await stays).body
+        assert reads.count == 1
 
     run(scenario)
 
