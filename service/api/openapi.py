@@ -1,7 +1,7 @@
 """The OpenAPI document: what the framework finds in the routes, and what it cannot know.
 
-It cannot know the request bodies of POST /jobs and of a retry, which are read by hand, the messages of a stream,
-and the problem document of every error.
+It cannot know the request bodies of POST /jobs and of a retry, which are read by hand, the messages of a
+stream, and the problem document of every error.
 """
 
 from collections.abc import Mapping

@@ -212,11 +212,13 @@ def test_a_stream_arrives_at_once_and_ends_with_the_server(start: Start) -> None
 
 
 @pytest.mark.usefixtures("database")
-def test_a_listener_that_takes_nothing_does_not_hold_up_the_end(start: Start, database: Database) -> None:
+def test_a_listener_that_takes_nothing_does_not_hold_up_the_end(
+    start: Start, database: Database, tmp_path: Path
+) -> None:
     server = start()
     server.until_live()
     job_id = httpx.post(f"{server.url}/jobs", json=SPEC).json()["id"]
-    trainer = Trainer(database)
+    trainer = Trainer(database, tmp_path)
     with database.begin() as session:
         workers.register(session, worker_id="w1", name="w", pid=1, capability=CPU, versions={}, slots=1)
     fence = trainer.claim(job_id)

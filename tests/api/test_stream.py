@@ -246,7 +246,8 @@ def test_a_listener_may_begin_later(client: TestClient, ended: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "identifier", ["x", "s1.e1", "s1.e1.j00000g", "s-1.e1.j{end}", "s1.e99.j{end}", "s1.e1.j{wrong}", "1" * 90]
+    "identifier",
+    ["x", "s1.e1", "s1.e1.j00000g", "s-1.e1.j{end}", "s1.e99.j{end}", "s1.e1.j{wrong}", "1" * 90],
 )
 def test_an_id_of_something_else_is_refused(client: TestClient, submit: Submit, identifier: str) -> None:
     job_id = submit()

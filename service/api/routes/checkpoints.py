@@ -10,8 +10,9 @@ from fastapi import APIRouter, Header
 from sqlalchemy.orm import Session
 from starlette.responses import Response, StreamingResponse
 
-from service.api.access import Caller, Reader
+from service.api.access import Reader
 from service.api.context import Context, ContextDep
+from service.api.door import Caller
 from service.api.openapi import declares
 from service.api.parameters import JobPath, KnownQuery, StepPath, matches
 from service.api.problems import ProblemError
