@@ -97,8 +97,9 @@ def main() -> None:
     control, reports = Control(orders), Reports(arguments.report_fd)
     from worker import job  # noqa: PLC0415 - torch takes seconds to import, and all the above must hold by then
 
-    reports.send(job.prepare(probe=arguments.probe))
-    reports.send(job.run(control.wait(), lambda: control.asked, reports.progress))
+    prepared = job.prepare(probe=arguments.probe)
+    reports.send(prepared.ready)
+    reports.send(job.run(prepared, control.wait(), lambda: control.asked, reports.progress))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of libraries may still hold the interpreter; all that matters is written.

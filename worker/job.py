@@ -3,23 +3,25 @@
 The composition root on torch's side. Pipes and signals are `child`'s.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from service.contract.spec import JobSpec
 from service.contract.speed import DtypeSpeed
 from service.contract.states import ReasonCode
-from service.errors import StaleFence
+from service.errors import StaleFence, StoreUnavailable
 from service.faultpoints import reach
 from service.settings import Settings
 from service.store import events
 from service.store.database import Database
 from worker.protocol import Done, Ready, RunOrder
-from worker.reporting import Reporter
+from worker.reporting import FIRST_FENCE, Reporter
 from worker.training import components
 from worker.training.capability import probe as probe_device
 from worker.training.checkpoint import CheckpointRef
@@ -32,29 +34,52 @@ MAX_DECISIONS = 10_000  # a run changes its precision a few times at most; each 
 Asked = Callable[[], Literal["cancel", "pause", "drain"] | None]
 
 
-def prepare(*, probe: bool) -> Ready:
-    """Load the components and take a first step, so that an order is obeyed at once.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a waiting process has ready.
+
+    Attributes:
+        ready: what the worker is told.
+        settings: its own.
+        database: with a connection open, where the database answered.
+    """
+
+    ready: Ready
+    settings: Settings
+    database: Database
+
+
+def prepare(*, probe: bool) -> Prepared:
+    """Load the components, take a first step and connect, so that an order is obeyed at once.
 
     Args:
         probe: Also tell what components there are and what the device can do.
     """
+    settings = Settings()
     components.load_entry_points()
-    components.load_modules(Settings().component_modules)
+    components.load_modules(settings.component_modules)
     take_a_step()
-    return _ready(probe=probe)
+    database = Database(settings.sql_url)
+    with contextlib.suppress(StoreUnavailable):  # the job will wait for it, should it still be away then
+        database.ping()
+    return Prepared(_ready(settings, probe=probe), settings, database)
 
 
-def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]) -> Done:
+def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]) -> Done:
     """Train until the job is done, asked to stop, or cannot go on; the record is stored when this returns.
 
     Args:
+        prepared: What this process has ready.
         order: The job.
         asked: What the job was asked to do, looked at between steps.
         on_progress: Called with the newest step and a step's usual seconds.
     """
-    settings = Settings.model_validate(order.settings)
+    settings, database = prepared.settings, prepared.database
+    if settings.model_dump(mode="json") != order.settings:  # a file that they are read from has changed since
+        database.dispose()
+        settings = Settings.model_validate(order.settings)
+        database = Database(settings.sql_url)
     spec = JobSpec.model_validate(order.spec)
-    database = Database(settings.sql_url)
     # Records name files by their place below the data directory, so that a restored copy of both is whole.
     root = settings.data_dir
     reporter = Reporter(
@@ -64,8 +89,10 @@ def run(order: RunOrder, asked: Asked, on_progress: Callable[[int, float], None]
         on_progress=on_progress,
         path_of=lambda place: place.relative_to(root).as_posix(),
     )
-    with database.read() as session:
-        told = events.read(session, order.job_id, type="precision", limit=MAX_DECISIONS)
+    told: list[events.Event] = []
+    if order.fence > FIRST_FENCE or order.checkpoints:
+        with database.read() as session:
+            told = events.read(session, order.job_id, type="precision", limit=MAX_DECISIONS)
     config = RunConfig(
         spec=spec,
         device=order.device,
@@ -134,13 +161,13 @@ def _time_limit(config: RunConfig, step: int) -> dict[str, Any]:
     return {"code": ReasonCode.TIME_LIMIT.value, "message": message, "detail": None}
 
 
-def _ready(*, probe: bool) -> Ready:
+def _ready(settings: Settings, *, probe: bool) -> Ready:
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "halfstep"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = probe_device(Settings().data_dir) if probe else None
+    found = probe_device(settings.data_dir) if probe else None
     catalogue = [component.as_dict() for component in components.catalogue()] if probe else []
     return Ready(capability=found, components=catalogue, versions=versions)

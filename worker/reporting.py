@@ -45,6 +45,8 @@ MAX_BUFFERED_ROWS = 200_000  # about 40 MB; at 500 steps a second, 400 s of a da
 MAX_BATCH_ROWS = 8_192
 RETRY_SECONDS = 1.0
 
+FIRST_FENCE = 1  # of a job's first claim: nobody has written anything of its record before
+
 
 class Reporter:
     """The training loop's observer whose words end in the store, under the job's fence."""
@@ -96,8 +98,9 @@ class Reporter:
                 )
 
         self._put(write)
-        self._drain()
-        reach("resume.after_commit")
+        if step or self._fence > FIRST_FENCE:  # a first attempt finds nothing to remove, and need not wait
+            self._drain()
+            reach("resume.after_commit")
 
     def steps(self, rows: Sequence[StepMetrics], live: LiveStats) -> None:
         """Finished steps, contiguous and in order; waits only when the buffer is full."""
@@ -124,7 +127,7 @@ class Reporter:
             events.append(session, job, type=type, level=level, message=message, data=kept, fence=fence)
 
         self._put(write)
-        if type == "precision":  # what it tells takes effect next, and a resumed run goes by it
+        if type == "precision" and "from" in kept:  # it takes effect next, and a resumed run goes by it
             self._drain()
 
     def evaluated(self, evaluation: Evaluation) -> None:

@@ -7,6 +7,8 @@ never holds a CUDA context.
 import contextlib
 import os
 import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import structlog
@@ -14,6 +16,7 @@ import structlog
 from service.errors import ConfigurationError
 from service.settings import Settings
 from worker.process import ChildProcess, Spawner
+from worker.protocol import Ready
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +36,7 @@ class Slot:
         """Have a process waiting; returns it. With `probe` a new one also reports what it found."""
         with self._lock:
             if self._warm is None or not self._warm.alive:
-                self._warm = self.spawner.spawn(self.environment, probe=probe)
+                self._warm = self._spawn(probe=probe)
             return self._warm
 
     def take(self) -> ChildProcess:
@@ -42,7 +45,8 @@ class Slot:
             child, self._warm = self._warm, None
         if child is not None and child.alive:
             return child
-        return self.spawner.spawn(self.environment)
+        log.info("no process is warm; the job waits for a new one", slot=self.index)
+        return self._spawn(probe=False)
 
     def close(self) -> None:
         """End the waiting process."""
@@ -50,6 +54,18 @@ class Slot:
             child, self._warm = self._warm, None
         if child is not None:
             child.discard()
+
+    def _spawn(self, *, probe: bool) -> ChildProcess:
+        began = time.monotonic()
+        child = self.spawner.spawn(self.environment, probe=probe)
+
+        def tell(ready: "Future[Ready]") -> None:
+            if ready.exception() is None:
+                seconds = round(time.monotonic() - began, 2)
+                log.debug("a process is warm", slot=self.index, pid=child.pid, seconds=seconds)
+
+        child.ready.add_done_callback(tell)
+        return child
 
 
 def gpu_ids() -> list[str]:

@@ -1,6 +1,8 @@
 """Datasets, their splits, and the order in which a run visits them."""
 
+import gzip
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from worker.training.components import (
     Task,
     TensorSplit,
     TokenSplit,
+    digits,
     find,
 )
 from worker.training.data import epoch_order
@@ -212,3 +215,25 @@ def test_a_split_must_be_of_one_length_and_not_empty() -> None:
     info = built("digits").info
     with pytest.raises(DataError, match="no training samples"):
         Dataset(train=split, held_out=None, info=info)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: b"",
+        lambda packed: packed[: len(packed) // 2],
+        lambda packed: gzip.compress(gzip.decompress(packed)[:5000]),
+        lambda packed: gzip.compress(gzip.decompress(packed).replace(b"16", b"x", 1)),
+        lambda packed: gzip.compress(b"\xff" * 100),
+        lambda packed: b"0,1,2",
+    ],
+    ids=["empty", "cut", "short", "words", "not ascii", "not packed"],
+)
+def test_a_damaged_digits_file_is_the_datas_fault(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "digits.csv.gz"
+    broken.write_bytes(damage(digits._file().read_bytes()))
+    monkeypatch.setattr(digits, "_file", lambda: broken)
+    with pytest.raises(DataError, match="reinstall scikit-learn"):
+        built("digits")

@@ -112,7 +112,7 @@ def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool, hung: 
             PARENT % {"ready": ready},
         ],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HALFSTEP_DATA_DIR": str(tmp_path)},
         cwd=tmp_path,
     )
     assert parent.stdout is not None

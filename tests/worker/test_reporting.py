@@ -175,6 +175,49 @@ def test_resuming_removes_what_lies_beyond_before_it_returns(database: Away, job
     assert stored_steps(database, job) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_first_attempt_trains_without_waiting_for_the_database(
+    database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
+    database.away = True
+    told = reporter(database, job)
+    told.opened(total_steps=1)
+    told.resumed(0)
+    told.event("precision", "warning", "slow here", {"code": "slow_precision"})
+    told.steps([row(1)], LIVE)
+    database.away = False
+    told.close()
+    assert stored_steps(database, job) == [1]
+
+
+def test_a_later_attempt_waits_until_what_an_earlier_one_left_is_removed(
+    database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
+    first = reporter(database, job)
+    first.opened(total_steps=None)
+    first.steps([row(1), row(2)], LIVE)
+    first.close()
+    database.retry(lambda s: jobs.release(s, job.id, job.fence, charge_attempt=True, why="its lease ran out"))
+    again = database.retry(lambda s: jobs.claim(s, worker_id="v", capability=CPU, lease_seconds=60))
+    assert again is not None
+    database.away = True
+    told = reporter(database, again)
+    told.opened(total_steps=None)
+    returned = threading.Event()
+
+    def resume() -> None:
+        told.resumed(0)
+        returned.set()
+
+    threading.Thread(target=resume, daemon=True).start()
+    assert not returned.wait(0.3)
+    database.away = False
+    assert returned.wait(SOON)
+    assert stored_steps(database, again) == []
+    told.close()
+
+
 def test_a_checkpoints_files_go_only_after_its_successor_is_referred_to(
     database: Away, job: jobs.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,134 @@
-"""What the environment of a job's process says, by slot."""
+"""The processes that wait at the slots: one each, handed out alive, replaced; and their environment."""
 
+import os
+import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from service.errors import ConfigurationError
 from service.settings import Settings
+from tests.e2e.cluster import alive
 from worker.process import Spawner
-from worker.slots import build_slots
+from worker.protocol import Ready
+from worker.slots import Slot, build_slots, gpu_ids
+
+READY = Ready(capability=None, components=[], versions={})
+
+
+class Child:
+    def __init__(self, environment: dict[str, str], *, probe: bool) -> None:
+        self.environment, self.probe = environment, probe
+        self.pid = id(self)
+        self.alive = True
+        self.discarded = False
+        self.ready: Future[Ready] = Future()
+
+    def discard(self) -> None:
+        self.discarded = True
+
+
+class Nursery:
+    """A spawner that starts nothing."""
+
+    def __init__(self) -> None:
+        self.children: list[Child] = []
+
+    def spawn(self, environment: dict[str, str], *, probe: bool = False) -> Child:
+        self.children.append(Child(environment, probe=probe))
+        return self.children[-1]
+
+
+@pytest.fixture
+def nursery() -> Nursery:
+    return Nursery()
+
+
+@pytest.fixture
+def slot(nursery: Nursery) -> Slot:
+    return Slot(0, "cpu", {"OMP_NUM_THREADS": "1"}, nursery)  # type: ignore[arg-type]
+
+
+def test_a_job_takes_the_process_that_waits(slot: Slot, nursery: Nursery) -> None:
+    waiting: Any = slot.warm_up()
+    assert slot.warm_up() is waiting, "one process waits, however often it is asked for"
+    assert slot.take() is waiting
+    assert len(nursery.children) == 1
+
+
+def test_the_next_job_has_a_process_of_its_own(slot: Slot, nursery: Nursery) -> None:
+    slot.warm_up()
+    first: Any = slot.take()
+    second: Any = slot.warm_up()
+    assert second is not first
+    assert slot.take() is second
+    assert not first.discarded, "its job is not the slot's to end"
+
+
+def test_a_process_that_died_waiting_is_replaced(slot: Slot, nursery: Nursery) -> None:
+    first: Any = slot.warm_up()
+    first.alive = False
+    second: Any = slot.warm_up()
+    assert second is not first
+    second.alive = False
+    assert slot.take() is nursery.children[2]
+
+
+def test_without_a_waiting_process_a_job_gets_a_new_one(slot: Slot, nursery: Nursery) -> None:
+    assert slot.take() is nursery.children[0]
+    assert not nursery.children[0].probe
+
+
+def test_a_closed_slot_ends_the_one_that_waits(slot: Slot, nursery: Nursery) -> None:
+    slot.warm_up()
+    slot.close()
+    slot.close()
+    assert [child.discarded for child in nursery.children] == [True]
+
+
+def test_each_gpu_is_a_slot_that_sees_itself_alone(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,-1")
+    assert gpu_ids() == ["2", "GPU-5f"]
+    slots = build_slots(Settings(data_dir=tmp_path), nursery)  # type: ignore[arg-type]
+    assert [slot.device for slot in slots] == ["cuda:0", "cuda:0"]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "GPU-5f"]
+
+
+def test_the_cores_are_shared_among_the_slots_of_a_cpu(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    settings = Settings(data_dir=tmp_path, worker_device="cpu", worker_slots=3)
+    slots = build_slots(settings, nursery)  # type: ignore[arg-type]
+    assert [slot.environment["OMP_NUM_THREADS"] for slot in slots] == ["2", "2", "2"]
+    assert {slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots} == {""}
+
+
+def test_a_gpu_worker_without_a_gpu_does_not_start(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigurationError, match="no NVIDIA GPU is visible"):
+        build_slots(Settings(data_dir=tmp_path, worker_device="cuda"), nursery)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_real_one_waits_with_torch_imported_and_ends_when_it_is_not_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFSTEP_DATA_DIR", str(tmp_path))
+    slot = Slot(0, "cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, Spawner())
+    child = slot.warm_up()
+    assert child.ready.result(timeout=120).versions["torch"]
+    assert "libtorch_cpu" in Path(f"/proc/{child.pid}/maps").read_text()
+    assert child.alive, "it waits for an order"
+    slot.close()
+    assert not alive(child.pid)
 
 
 def environments(tmp_path: Path, **values: object) -> list[dict[str, str]]:

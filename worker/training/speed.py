@@ -131,13 +131,14 @@ def _in_tf32(work: Work) -> Work:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    matmul = torch.backends.cuda.matmul
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set while torch is imported
+    before = matmul.fp32_precision, convolution.fp32_precision
+    matmul.fp32_precision = convolution.fp32_precision = "tf32"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.fp32_precision, convolution.fp32_precision = before
 
 
 def _fastest(work: Work, device: torch.device) -> float:
