@@ -80,8 +80,10 @@ class TrainingBlock(_Block):
         default=True,
         description="Refuse operations without a deterministic kernel: resumes are bit-exact.",
     )
-    capture: Literal["off"] = Field(
-        default="off", description="Capture of the whole step as a CUDA graph; this version offers `off`."
+    capture: Literal["off", "auto"] = Field(
+        default="off",
+        description="`auto`: record a whole step as a CUDA graph and replay it while batches keep their "
+        "shape. Where that cannot be done the job trains as with `off`, and an event says why.",
     )
     compile: Literal["off", "default", "max-autotune"] = Field(
         default="off",

@@ -49,6 +49,7 @@ def test_a_minimal_document_is_a_spec() -> None:
         ({"training": {"batch_size": 0}}, "/training/batch_size", "must be greater than or equal to 1"),
         ({"training": {"deterministic": 1}}, "/training/deterministic", "must be a valid boolean"),
         ({"training": {"max_steps": 2**60}}, "/training/max_steps", "must be less than or equal to"),
+        ({"training": {"capture": "on"}}, "/training/capture", "'off' or 'auto'"),
         ({"training": {"compile": True}}, "/training/compile", "'off', 'default' or 'max-autotune'"),
         ({"training": {"compile": "default"}}, "/training/compile", "Set training.deterministic to false"),
         (
@@ -123,8 +124,10 @@ def test_every_mode_that_can_be_run_is_taken() -> None:
         assert read_spec(body_of({**MINIMAL, "precision": precision})).precision.mode is mode
 
 
-def test_compiled_code_is_taken_where_nothing_promises_the_same_bits() -> None:
-    training = {"compile": "max-autotune", "deterministic": False}
+def test_compiled_code_is_taken_where_nothing_promises_the_same_bits_and_captured_steps_anywhere() -> None:
+    training = {"capture": "auto", "deterministic": True}
+    assert read_spec(body_of({**MINIMAL, "training": training})).training.capture == "auto"
+    training = {"capture": "auto", "compile": "max-autotune", "deterministic": False}
     assert read_spec(body_of({**MINIMAL, "training": training})).training.compile == "max-autotune"
 
 

@@ -1,4 +1,4 @@
-"""A job that asks for compiled steps: what reaches the engine, and what is told where it cannot be done."""
+"""A job that asks for captured or compiled steps: what reaches the engine, what is told where it cannot."""
 
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,21 @@ def test_a_job_that_cannot_be_compiled_says_so_once_and_trains(
     assert (kind, level, data["step"]) == ("warning", "warning", 0)
     assert "no compiler for this machine" in message
     assert same_numbers(recorder.rows, plain.rows)
+
+
+def test_a_job_that_cannot_be_captured_says_so_once_in_its_life_and_trains(tmp_path: Path) -> None:
+    spec = job(training={"capture": "auto"})
+    _, plain = run(job(), tmp_path / "plain")
+    recorder = Recorder()
+    run(spec, tmp_path / "captured", recorder, stop_after=5, request=StopRequest.PAUSE)
+    run(spec, tmp_path / "captured", recorder, fence=2)
+    ((kind, level, message, data),) = [
+        event for event in recorder.events if event[3].get("code") == "capture_unavailable"
+    ]
+    assert (kind, level, data["step"]) == ("warning", "warning", 0)
+    assert "that takes a CUDA device" in message
+    assert same_numbers(recorder.rows, plain.rows)
+    assert weights_sha256(recorder) == weights_sha256(plain)
 
 
 def test_a_compiled_job_saves_and_resumes_under_the_models_own_names(

@@ -51,6 +51,12 @@ class Gradients:
         with_one = tuple(index for index, p in enumerate(self._parameters) if p.grad is not None)
         return Present(tensors, with_one, rounding_of(sum(tensor.numel() for tensor in tensors)))
 
+    def show(self, present: Present) -> None:
+        """Put gradients that `collect` found back where they were found."""
+        indices = range(len(self._parameters)) if present.parameters is None else present.parameters
+        for index, tensor in zip(indices, present.tensors, strict=True):
+            self._parameters[index].grad = tensor
+
     def release(self) -> None:
         """Free them."""
         for parameter in self._parameters:

@@ -72,6 +72,12 @@ class BufferGuard:
         self._put_back_replaced()
         self._kernels.copy(self._live, self._saved)
 
+    def forget_replaced(self) -> None:
+        """Put the tensors of the snapshot back in their places, whatever took these: it holds no values."""
+        if self._live:
+            for (module, name), live in zip(self._places, self._live, strict=True):
+                setattr(module, name, live)
+
     def _put_back_replaced(self) -> None:
         # A buffer that the forward pass replaced by another tensor: move its value into the tensor we
         # snapshot, so that both outcomes can be chosen on the device.

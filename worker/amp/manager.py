@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
 from worker.amp.admission import check_weights, device_of
 from worker.amp.capability import capability_of
+from worker.amp.capture import CaptureMode
 from worker.amp.checkpointing import recompute_blocks
 from worker.amp.compiling import CompileMode, forward_of
 from worker.amp.errors import SetupError, StateMismatchError, StepError
@@ -77,6 +79,7 @@ class MixedPrecisionManager:
         device: torch.device | str | None = None,
         scheduler_interval: Interval = "epoch",
         gradient_accumulation_steps: int = 1,
+        capture: CaptureMode = "off",
         compile: CompileMode = "off",  # noqa: A002 - the setting's name everywhere
     ) -> None:
         """Prepare a model and its optimizer; see `MixedPrecisionTrainer.setup_training`."""
@@ -101,7 +104,8 @@ class MixedPrecisionManager:
             )
         memory = MemoryMonitor(target)
         policy = build_policy(self.config, resolved, target, memory)
-        forward = forward_of(model, compile, policy=policy, device=target, tell=self._tell_uncompiled)
+        tell_uncompiled = partial(self._tell_unavailable, "compile_unavailable")
+        forward = forward_of(model, compile, policy=policy, device=target, tell=tell_uncompiled)
         step = TrainingStep(
             self.config,
             policy,
@@ -112,6 +116,8 @@ class MixedPrecisionManager:
             memory=memory,
             device=target,
             forward=forward,
+            capture=capture,
+            tell_uncaptured=partial(self._tell_unavailable, "capture_unavailable"),
         )
         self._prepared = _Run(
             model=model,
@@ -402,14 +408,7 @@ class MixedPrecisionManager:
         if self._run.step.precision_changed():
             self.state.current_scale = self._run.resolved.initial_scale if self._run.policy.scales else 1.0
 
-    def _tell_uncompiled(self, message: str) -> None:
+    def _tell_unavailable(self, code: str, message: str) -> None:
         step = self._prepared.step.steps if self._prepared is not None else 0
-        self.ledger.tell(
-            EngineEvent(
-                type="warning",
-                level="warning",
-                message=message,
-                step=step,
-                data={"code": "compile_unavailable"},
-            )
-        )
+        data = {"code": code}
+        self.ledger.tell(EngineEvent(type="warning", level="warning", message=message, step=step, data=data))

@@ -5,9 +5,7 @@ how the scale moves is `scaling`'s, and what is concluded from finished steps is
 `supervision`'s.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,9 +14,11 @@ from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
 from worker.amp.batches import samples_in, shapes_of, to_device
+from worker.amp.capture import CaptureMode, StepCapture, capture_of
 from worker.amp.ending import DeviceEnding, Ended, Ending, HostEnding, Parts
 from worker.amp.errors import SetupError, StepError
 from worker.amp.gradients import Gradients, Present
+from worker.amp.group import Group
 from worker.amp.guard import BufferGuard, RandomStates
 from worker.amp.incidents import IncidentProbe
 from worker.amp.layers import ParameterOrder
@@ -29,7 +29,7 @@ from worker.amp.policies import PrecisionPolicy
 from worker.amp.private import kernels
 from worker.amp.record import HostPart, StepRecord, Terms
 from worker.amp.result import EndedRow, StepResult
-from worker.amp.ring import StepRing
+from worker.amp.ring import HEAD, StepRing
 from worker.amp.scaling import LossScale
 from worker.amp.schedule import Schedule
 from worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep
@@ -38,22 +38,6 @@ from worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep
 def host_sees(device: torch.device) -> bool:
     """Whether the device's memory is the host's own, so that the host may look without waiting."""
     return device.type == "cpu"
-
-
-@dataclass(slots=True)
-class _Group:
-    """The micro-batches of the step that is under way."""
-
-    size: int
-    seen: int = 0
-    loss_sum: Tensor | None = None
-    samples: int = 0
-    micro_batches: list[tuple[Any, Any]] = field(default_factory=list)
-    random_states: RandomStates | None = None
-    learning_rate: float = math.nan
-    last_loss: Tensor | None = None
-    output_shape: Any = None
-    gradients: Present | None = None
 
 
 class TrainingStep:
@@ -75,11 +59,13 @@ class TrainingStep:
         schedule: Schedule,
         memory: MemoryMonitor,
         device: torch.device,
-        forward: Callable[[Any], Any] | None = None,
+        forward: Callable[[Any], Any],
+        capture: CaptureMode,
+        tell_uncaptured: Callable[[str], None],
     ) -> None:
         self._config = config
         self._policy = policy
-        self._forward = model if forward is None else forward
+        self._forward = forward
         self._criterion = criterion
         self._schedule = schedule
         self._memory = memory
@@ -107,7 +93,17 @@ class TrainingStep:
         parts = Parts(config, functions, self.loss_scale, self._update, schedule, self._buffers, policy, ring)
         self._ending: Ending = HostEnding(parts) if on_host else DeviceEnding(parts, device)
         self._terms = self._terms_now()
-        self._group: _Group | None = None
+        self._capture: StepCapture[tuple[Group, Ended]] | None = capture_of(
+            capture,
+            model=model,
+            optimizer=optimizer,
+            device=device,
+            update=self._update,
+            schedule=schedule,
+            recomputes=config.activation_checkpointing,
+            tell=tell_uncaptured,
+        )
+        self._group: Group | None = None
         self.steps = 0
 
     @property
@@ -128,15 +124,15 @@ class TrainingStep:
             )
         if size < 1:
             raise StepError(f"a step has at least one micro-batch, not {size}")
-        self._group = _Group(size=size)
+        self._group = Group(size=size)
 
     def whole(self, micro_batches: Sequence[tuple[Any, Any]]) -> StepResult:
         """One step over these micro-batches."""
         self.begin(len(micro_batches))
-        group = cast("_Group", self._group)
+        group = cast("Group", self._group)
         try:
             self._open(group)
-            ended = self.device_work(group, micro_batches)
+            ended = self._captured_or_not(group, micro_batches)
             row = self._close(group, ended)
         except BaseException:
             self._abandon(group)
@@ -147,11 +143,16 @@ class TrainingStep:
         """Run one micro-batch of a step; the last one ends it."""
         if self._group is None:
             self.begin(default_size)
-        group = cast("_Group", self._group)
+        group = cast("Group", self._group)
         try:
             if group.seen == 0:
                 self._open(group)
-                self._prepare()
+                self._prepare(group)
+                if self._capture is not None:
+                    self._capture.give_up(
+                        "micro-batches come one by one, and a graph holds a whole step; give them to "
+                        "train_group together"
+                    )
             self._forward_backward(group, data_batch, target_batch)
             row = self._close(group, self._conclude(group)) if group.seen == group.size else None
         except BaseException:
@@ -172,14 +173,14 @@ class TrainingStep:
             raise
         return True
 
-    def device_work(self, group: _Group, micro_batches: Sequence[tuple[Any, Any]]) -> Ended:
+    def device_work(self, group: Group, micro_batches: Sequence[tuple[Any, Any]]) -> Ended:
         """Everything that one whole step does on the device, from the old weights to the row in the ring.
 
         Over batches that are on the device and unless `needs_host`, the same tensors go through the same
         operations every time, and the host reads nothing: what a graph can hold. `_open` before it and
         `_close` after it are the host's own bookkeeping.
         """
-        self._prepare()
+        self._prepare(group)
         for data_batch, target_batch in micro_batches:
             self._forward_backward(group, data_batch, target_batch)
         return self._conclude(group)
@@ -216,6 +217,8 @@ class TrainingStep:
         changed = self._policy.scales != self.loss_scale.active
         if changed:
             self.loss_scale.switch(active=self._policy.scales)
+        if self._capture is not None:
+            self._capture.drop()
         self._terms = self._terms_now()
         return changed
 
@@ -234,21 +237,51 @@ class TrainingStep:
         self._record.restart(self.steps)
         self._clock.forget()
         self.loss_scale.load_state_dict(state["loss_scale"])
+        if self._capture is not None:
+            self._capture.drop()
         self._terms = self._terms_now()
 
-    def _open(self, group: _Group) -> None:
+    def _open(self, group: Group) -> None:
         self._clock.start()
         group.learning_rate = self._schedule.rate_used()
         if self._config.enabled and self._probe.watches(self.steps):
             group.random_states = RandomStates(self._device)
 
-    def _prepare(self) -> None:
+    def _captured_or_not(self, group: Group, micro_batches: Sequence[tuple[Any, Any]]) -> Ended:
+        """`device_work`, as a graph where that can be."""
+        capture = self._capture
+        if capture is None or self.needs_host():
+            return self.device_work(group, micro_batches)
+        left = capture.replay(micro_batches, self._recorded)
+        if left is None:
+            return capture.rehearse(lambda: self.device_work(group, micro_batches))
+        recorded, ended = left
+        # The next replay writes to the same memory: what the caller may read later is copied.
+        row = cast("Tensor", ended.row).clone()
+        group.take(recorded, row[HEAD.index("loss")] if group.size == 1 else None)
+        if not self._config.memory_efficiency:
+            self._gradients.show(cast("Present", recorded.gradients))
+        return ended._replace(row=row)
+
+    def _recorded(self, micro_batches: Sequence[tuple[Any, Any]]) -> tuple[Group, Ended]:
+        """A step for a graph: nothing of it has run, and where it fails no name may say otherwise."""
+        group = Group(size=len(micro_batches))
+        try:
+            return group, self.device_work(group, micro_batches)
+        except BaseException:
+            self._buffers.forget_replaced()
+            self._gradients.release()
+            self._policy.release_gradients()
+            raise
+
+    def _prepare(self, group: Group) -> None:
         self._gradients.release()
         self._policy.release_gradients()
         if self._config.enabled:
             self._buffers.snapshot()
+            group.prepared = True
 
-    def _forward_backward(self, group: _Group, data_batch: Any, target_batch: Any) -> None:
+    def _forward_backward(self, group: Group, data_batch: Any, target_batch: Any) -> None:
         policy = self._policy
         data = to_device(data_batch, self._device)
         target = to_device(target_batch, self._device)
@@ -269,7 +302,7 @@ class TrainingStep:
         group.seen += 1
 
     @torch.no_grad()
-    def _conclude(self, group: _Group) -> Ended:
+    def _conclude(self, group: Group) -> Ended:
         group.gradients = self._gradients.collect()
         loss = cast("Tensor", group.loss_sum)
         return self._ending.conclude(
@@ -280,7 +313,7 @@ class TrainingStep:
             wait=self._probe.must_wait(self.steps),
         )
 
-    def _close(self, group: _Group, ended: Ended) -> EndedRow:
+    def _close(self, group: Group, ended: Ended) -> EndedRow:
         present = cast("Present", group.gradients)
         group.gradients = None
         rounding = present.rounding if self._terms.compute_dtype == "float16" else 0.0
@@ -304,7 +337,7 @@ class TrainingStep:
         )
         return row
 
-    def _result(self, group: _Group, target_batch: Any, row: EndedRow | None) -> StepResult:
+    def _result(self, group: Group, target_batch: Any, row: EndedRow | None) -> StepResult:
         scale = self.loss_scale
         return StepResult(
             loss=cast("Tensor", group.last_loss),
@@ -316,20 +349,20 @@ class TrainingStep:
             device=self._device,
         )
 
-    def _look_into(self, group: _Group, row: EndedRow) -> Attribution | None:
+    def _look_into(self, group: Group, row: EndedRow) -> Attribution | None:
         found = self._probe.look_into(
             self.steps, micro_batches=group.micro_batches, random_states=group.random_states, scale=row.scale
         )
         self._clock.pause()
         return found
 
-    def _abandon(self, group: _Group) -> None:
+    def _abandon(self, group: Group) -> None:
         # The caller's exception ends this step as if it had not begun: a retry sees the same buffers and
         # gradients.
         self._group = None
         self._gradients.release()
         self._policy.release_gradients()
-        if self._config.enabled and group.seen < group.size:
+        if group.prepared and group.seen < group.size:
             self._buffers.restore()
 
     def _terms_now(self) -> Terms:

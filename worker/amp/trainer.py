@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from service.contract.precision import MixedPrecisionConfig
+from worker.amp.capture import CaptureMode
 from worker.amp.compiling import CompileMode
 from worker.amp.errors import StepError
 from worker.amp.manager import MixedPrecisionManager
@@ -58,6 +59,7 @@ class MixedPrecisionTrainer:
         device: torch.device | str | None = None,
         scheduler_interval: Interval = "epoch",
         gradient_accumulation_steps: int = 1,
+        capture: CaptureMode = "off",
         compile: CompileMode = "off",  # noqa: A002 - the setting's name everywhere
     ) -> None:
         """Prepare a model for training.
@@ -70,6 +72,10 @@ class MixedPrecisionTrainer:
             device: where to train; default: where the model's parameters are.
             scheduler_interval: "step": on every applied step; "epoch": at an epoch's end if one was applied.
             gradient_accumulation_steps: micro-batches in a full step.
+            capture: "auto": on a GPU, whole steps are recorded as a CUDA graph and replayed while batches
+                keep their shape, which pays where starting operations takes longer than running them. The
+                forward pass must do the same operations in every step. Where steps cannot be captured they
+                run as with "off", and `on_event` says why.
             compile: how torch.compile prepares the model for training steps: "default", "max-autotune", or
                 "off". Evaluation runs the model itself, and the state dict has the model's own names. A
                 model that cannot be compiled trains uncompiled, and `on_event` says why.
@@ -86,6 +92,7 @@ class MixedPrecisionTrainer:
             device=device,
             scheduler_interval=scheduler_interval,
             gradient_accumulation_steps=gradient_accumulation_steps,
+            capture=capture,
             compile=compile,
         )
         self.model = model

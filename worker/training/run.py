@@ -203,6 +203,7 @@ class Run:
             device=self._device,
             scheduler_interval=self._parts.scheduler_interval,
             gradient_accumulation_steps=self._spec.training.gradient_accumulation_steps,
+            capture=self._spec.training.capture,
             compile=self._spec.training.compile,
         )
         self._parts.model.train()
