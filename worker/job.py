@@ -99,10 +99,7 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
         directory=settings.job_directory(order.job_id),
         fence=order.fence,
         text_roots=settings.text_roots,
-        resume=[
-            CheckpointRef(step=c["step"], path=root / c["path"], sha256=c["sha256"])
-            for c in order.checkpoints
-        ],
+        resume=[CheckpointRef(**(known | {"path": root / known["path"]})) for known in order.checkpoints],
         decisions=[event.data for event in told if event.data is not None],
         elapsed_seconds=order.elapsed_seconds,
         speeds={dtype: DtypeSpeed.model_validate(speed) for dtype, speed in order.speeds.items()},

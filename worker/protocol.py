@@ -20,7 +20,7 @@ class RunOrder:
     settings: dict[str, Any]
     device: str
     elapsed_seconds: float
-    checkpoints: list[dict[str, Any]]  # newest first: step, path, sha256
+    checkpoints: list[dict[str, Any]]  # newest first: the fields of a CheckpointRef
     speeds: dict[str, dict[str, float]]  # of the device, by data type; empty: not measured
 
 

@@ -149,6 +149,7 @@ class Reporter:
                 path=self._path_of(info.path),
                 bytes=info.bytes,
                 sha256=info.sha256,
+                manifest_sha256=info.manifest_sha256,
                 metrics=dict(info.metrics),
             )
             message = f"checkpoint after step {info.step}, {info.bytes} bytes"

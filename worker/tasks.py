@@ -182,7 +182,16 @@ class Runner:
             settings=self._settings.model_dump(mode="json"),
             device="cpu" if job.spec.get("resources", {}).get("device") == "cpu" else slot.device,
             elapsed_seconds=elapsed,
-            checkpoints=[{"step": c.step, "path": c.path, "sha256": c.sha256} for c in kept],
+            checkpoints=[
+                {
+                    "step": c.step,
+                    "path": c.path,
+                    "sha256": c.sha256,
+                    "manifest_sha256": c.manifest_sha256,
+                    "held_out_loss": (c.metrics or {}).get("held_out_loss"),
+                }
+                for c in kept
+            ],
             speeds=self._speeds,
         )
 

@@ -70,6 +70,15 @@ class TrainingBlock(_Block):
         default=2,
         description="How many of the newest checkpoints stay; at least 2, since one may be damaged.",
     )
+    keep_best_checkpoint: Flag = Field(
+        default=True,
+        description="Besides the newest, keep the one with the lowest held-out loss of an evaluation at its "
+        "step.",
+    )
+    checkpoint_on_best: Flag = Field(
+        default=False,
+        description="Also write a checkpoint whenever an evaluation has the lowest held-out loss so far.",
+    )
     evaluate_every_steps: Count | None = Field(
         default=None, description="Steps between evaluations; null: after each epoch."
     )

@@ -19,13 +19,17 @@ from service.store.upsert import upsert
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One saved state of a job. `path`: its directory; `fence`: of the attempt that made it."""
+    """One saved state of a job. `path`: its directory; `fence`: of the attempt that made it.
+
+    `sha256` is that of the weights, `manifest_sha256` that of the file that has every file's.
+    """
 
     step: int
     fence: int
     path: str
     bytes: int
     sha256: str
+    manifest_sha256: str | None
     metrics: dict[str, Any] | None
     created_at: float
 
@@ -40,6 +44,7 @@ def record_checkpoint(
     bytes: int,  # noqa: A002  # the field's name on the wire
     sha256: str,
     metrics: Mapping[str, Any] | None,
+    manifest_sha256: str | None = None,
 ) -> None:
     """Add a checkpoint; one of the same step from an earlier attempt is replaced.
 
@@ -54,6 +59,7 @@ def record_checkpoint(
         "path": path,
         "bytes": bytes,
         "sha256": sha256,
+        "manifest_sha256": manifest_sha256,
         "metrics": None if metrics is None else dict(metrics),
         "created_at": db_now(),
     }
@@ -69,6 +75,7 @@ def checkpoints(s: Session, job_id: str) -> list[Checkpoint]:
             rows.c.path,
             rows.c.bytes,
             rows.c.sha256,
+            rows.c.manifest_sha256,
             rows.c.metrics,
             rows.c.created_at,
         )

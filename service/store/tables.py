@@ -307,7 +307,8 @@ checkpoints = Table(
     Column("fence", BigInteger, nullable=False),
     Column("path", Text, nullable=False),
     Column("bytes", BigInteger, nullable=False),
-    Column("sha256", Text, nullable=False),
+    Column("sha256", Text, nullable=False),  # of the weights; what a client downloads
+    Column("manifest_sha256", Text),  # of the manifest, which has the hash of every file
     Column("metrics", JsonText),
     Column("created_at", _Time, nullable=False),
     PrimaryKeyConstraint("job_id", "step"),

@@ -4,6 +4,7 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from service.contract.metrics import METRIC_COLUMNS
 from service.contract.states import TERMINAL, JobState
@@ -208,21 +209,34 @@ def test_two_that_ask_at_once_get_one_job(database: Database) -> None:
     assert len(set(made)) == 1
 
 
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # SQLite has one writer at a time
 def test_of_two_jobs_deleted_at_once_one_removes_the_files(database: Database) -> None:
     job = ended(database, saved=(20,))
     child, _ = again(database, job, from_checkpoint=20)
     with database.begin() as s:
         jobs.request_cancel(s, child.id, tenant="acme")
-    ready = threading.Barrier(2)
-    removable: list[str] = []
-
-    def delete(job_id: str) -> None:
-        ready.wait()
-        removable.extend(database.retry(lambda s: jobs.delete(s, job_id, tenant="acme")).removable)
-
-    threads = [threading.Thread(target=delete, args=(each.id,)) for each in (job, child)]
-    for thread in threads:
+    second: list[jobs.Leftovers] = []
+    thread = threading.Thread(
+        target=lambda: second.append(database.retry(lambda s: jobs.delete(s, child.id, tenant="acme")))
+    )
+    with database.begin() as s:
+        first = jobs.delete(s, job.id, tenant="acme")
         thread.start()
-    for thread in threads:
-        thread.join()
-    assert removable == [f"{job.id}/20"]
+        while thread.is_alive() and not _waiters(database):
+            thread.join(0.01)
+    thread.join()
+    assert [first, *second] == [
+        jobs.Leftovers([], [f"{job.id}/20"]),
+        jobs.Leftovers([f"{job.id}/20"], []),
+    ]
+
+
+def _waiters(database: Database) -> int:
+    """Transactions in this database that wait for another's lock."""
+    with database.read() as s:
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return int(s.execute(waiting).scalar_one())

@@ -11,6 +11,7 @@ from worker.training import checkpoint
 from worker.training.checkpoint import MANIFEST_FILE, CheckpointInfo
 from worker.training.errors import StorageFailed
 from worker.training.loop import CHECKPOINTS, Outcome, StopRequest
+from worker.training.restoring import load
 
 
 @pytest.mark.parametrize(
@@ -82,17 +83,17 @@ def test_a_client_that_cancels_at_the_limit_has_cancelled(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("keep", [2, 3])
 def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
-    spec = job(training={"checkpoint_every_steps": 2, "keep_checkpoints": keep})
-    _, recorder = run(spec, tmp_path)
+    plain = {"keep_checkpoints": keep, "keep_best_checkpoint": False}
+    _, recorder = run(job(training={"checkpoint_every_steps": 2, **plain}), tmp_path)
     assert [info.step for info in recorder.infos] == [2, 4, 6, 8, 10, 12]
     assert [ref.step for ref in recorder.refs] == [12, 10, 8][:keep]
     assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {
         ref.path.name for ref in recorder.refs
     }
-    run(job(training={"keep_checkpoints": keep, "epochs": 4}), tmp_path, recorder, fence=2)
+    run(job(training={"epochs": 4, **plain}), tmp_path, recorder, fence=2)
     assert [ref.step for ref in recorder.refs] == [16, 12, 10][:keep]
     for ref in recorder.refs:
-        checkpoint.load(ref)
+        load(ref)
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
@@ -107,7 +108,13 @@ def test_a_checkpoint_carries_the_epoch_so_far(tmp_path: Path) -> None:
     for info in recorder.infos:
         row = recorder.rows[info.step - 1]
         losses = [r.loss for r in recorder.rows if r.epoch == row.epoch and r.step <= info.step]
+        held_out: dict[str, float] = {}
+        for one in recorder.evaluations:
+            if one.step == info.step:
+                held_out = {f"held_out_{name}": value for name, value in one.metrics.items()}
+                held_out["held_out_loss"] = one.loss
         assert info.metrics == {
+            **held_out,
             "epoch": row.epoch,
             "loss": row.loss,
             "average_loss": pytest.approx(sum(losses) / len(losses), rel=1e-12),

@@ -226,7 +226,7 @@ def test_a_checkpoints_files_go_only_after_its_successor_is_referred_to(
     for folder in folders:
         folder.mkdir()
     made = [
-        CheckpointInfo(step=step, path=folder, bytes=1, sha256=f"{step:064d}")
+        CheckpointInfo(step=step, path=folder, bytes=1, sha256=f"{step:064d}", manifest_sha256=f"{step:064x}")
         for step, folder in enumerate(folders, 1)
     ]
     told = reporter(database, job)

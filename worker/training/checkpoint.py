@@ -1,14 +1,14 @@
-"""Checkpoints on disk: a crash at any instant leaves a whole one or none, and reading verifies.
+"""Checkpoints on disk: a crash at any instant leaves a whole one or none.
 
 A checkpoint is a directory whose name carries the fence and the step, with three files:
 
     model.safetensors   the model's parameters and buffers, deterministic bytes
-    state.pt            tensors and primitives of everything else; loaded with weights_only, never unpickled
+    state.pt            tensors and primitives of everything else
     manifest.json       version, fence, step, and the size and SHA-256 of the other two; written last
 
 Each file is written to a temporary name in the same directory, fsynced and renamed; the directory is fsynced
-before the manifest is written and after it. A checkpoint without a manifest does not exist. What is in the
-state is the caller's business; no training happens here.
+before the manifest is written and after it. A checkpoint without a manifest does not exist. Reading one back,
+and how it is verified, is in `restoring`; what is in the state is the caller's business.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -28,14 +28,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from service.faultpoints import reach
-from worker.training.errors import CheckpointDamaged, StorageFailed
+from worker.training.errors import StorageFailed
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
 
-_NAME = re.compile(r"^fence-(\d{6,})-step-(\d{10,})(?:-rollback-\d+)?$")
+HELD_OUT_LOSS = "held_out_loss"
+"""The figure that decides which checkpoint is the best."""
+
+MAX_MANIFEST_BYTES = 65_536
+NAME = re.compile(r"^fence-(\d{6,})-step-(\d{10,})(?:-rollback-\d+)?$")
 _CHUNK = 2**20
 
 
@@ -47,11 +51,15 @@ class CheckpointRef:
         step: optimizer steps taken before it.
         path: its directory.
         sha256: of its model.safetensors.
+        manifest_sha256: of its manifest.json; None in records of before it was kept.
+        held_out_loss: of the evaluation at its step; None without one.
     """
 
     step: int
     path: Path
     sha256: str
+    manifest_sha256: str | None = None
+    held_out_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +71,7 @@ class CheckpointInfo:
         path: its directory.
         bytes: size of all its files.
         sha256: of its model.safetensors, which is what a client downloads.
+        manifest_sha256: of its manifest.json, which covers the rest.
         metrics: figures of that moment, JSON values only.
     """
 
@@ -70,12 +79,19 @@ class CheckpointInfo:
     path: Path
     bytes: int
     sha256: str
+    manifest_sha256: str
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ref(self) -> CheckpointRef:
         """What finds it again."""
-        return CheckpointRef(step=self.step, path=self.path, sha256=self.sha256)
+        return CheckpointRef(
+            step=self.step,
+            path=self.path,
+            sha256=self.sha256,
+            manifest_sha256=self.manifest_sha256,
+            held_out_loss=self.metrics.get(HELD_OUT_LOSS),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,48 +166,22 @@ def save(
         path=target,
         bytes=written["bytes"] + sum(entry["bytes"] for entry in files.values()),
         sha256=files[WEIGHTS_FILE]["sha256"],
+        manifest_sha256=written["sha256"],
         metrics=dict(metrics or {}),
     )
 
 
-def load(ref: CheckpointRef) -> Payload:
-    """Read a checkpoint back onto the CPU after verifying every byte of it against its manifest and `ref`.
-
-    Raises:
-        CheckpointDamaged: it is missing, truncated, altered, or another one than `ref` names.
-    """
-    manifest = _manifest(ref)
-    for name, entry in manifest["files"].items():
-        _verify(ref, name, entry)
-    try:
-        weights = safetensors.torch.load_file(ref.path / WEIGHTS_FILE)
-        content = torch.load(ref.path / STATE_FILE, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # readers of altered files raise what they happen to stumble over
-        raise _damaged(ref, f"cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise _damaged(ref, "was written by another version")
-    if content["step"] != ref.step or content["fence"] != manifest["fence"]:
-        raise _damaged(ref, f"holds the state of step {content['step']} of another run")
-    for alias, original in content["aliases"].items():
-        weights[alias] = weights[original]
-    return Payload(weights=weights, state=content["state"])
-
-
-def load_newest(
-    refs: Sequence[CheckpointRef], on_damage: Callable[[CheckpointDamaged], None]
-) -> tuple[CheckpointRef, Payload] | None:
-    """The first of `refs` (newest first) that is whole.
-
-    None when none is. Damage is reported, then passed over.
-    """
-    for ref in refs:
-        try:
-            return ref, load(ref)
-        except CheckpointDamaged as damage:
-            on_damage(damage)
-    return None
+def retained(refs: Sequence[CheckpointRef], newest: int, *, best: bool) -> list[CheckpointRef]:
+    """Of `refs`, newest first: the first `newest`, and with `best` the one with the lowest held-out loss."""
+    kept = list(refs[:newest])
+    evaluated = [
+        (ref.held_out_loss, index) for index, ref in enumerate(refs) if ref.held_out_loss is not None
+    ]
+    if best and evaluated:
+        winner = refs[min(evaluated)[1]]
+        if winner not in kept:
+            kept.append(winner)
+    return kept
 
 
 def remove(refs: Sequence[CheckpointRef]) -> None:
@@ -220,50 +210,9 @@ def remove_unreferenced(directory: Path, keep: Sequence[CheckpointRef], *, below
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        name = _NAME.match(path.name)
+        name = NAME.match(path.name)
         if name and int(name.group(1)) < below_fence and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _manifest(ref: CheckpointRef) -> dict[str, Any]:
-    try:
-        manifest = json.loads((ref.path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        }
-        version, fence, step = manifest["version"], int(manifest["fence"]), int(manifest["step"])
-    except FileNotFoundError as error:
-        raise _damaged(ref, "has no manifest, so it was never finished or has been removed") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(ref, f"has an unreadable manifest: {error}") from error
-    if version != VERSION or set(files) != {WEIGHTS_FILE, STATE_FILE}:
-        raise _damaged(ref, "was written by another version")
-    name = _NAME.match(ref.path.name)
-    if step != ref.step or name is None or (fence, step) != (int(name.group(1)), int(name.group(2))):
-        raise _damaged(ref, f"has the manifest of step {step}, fence {fence}")
-    if files[WEIGHTS_FILE][1] != ref.sha256:
-        raise _damaged(ref, "does not have the weights that were recorded")
-    return {"fence": fence, "files": files}
-
-
-def _verify(ref: CheckpointRef, name: str, entry: tuple[int, str]) -> None:
-    size, sha256 = entry
-    path = ref.path / name
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            raise _damaged(ref, f"has {actual} bytes in {name} instead of {size}")
-        digest = _sha256(path)
-    except OSError as error:
-        raise _damaged(ref, f"cannot be read: {name}: {error.strerror}") from error
-    if digest != sha256:
-        raise _damaged(ref, f"has other bytes in {name} than were written")
-
-
-def _damaged(ref: CheckpointRef, what: str) -> CheckpointDamaged:
-    return CheckpointDamaged(
-        f"the checkpoint of step {ref.step} {what}", detail={"step": ref.step, "path": str(ref.path)}
-    )
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
@@ -274,7 +223,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         reach("checkpoint.after_fsync")
-        entry = {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        with temporary.open("rb") as file:
+            entry = {"bytes": temporary.stat().st_size, "sha256": sha256_of(file)}
         temporary.replace(path)
         reach("checkpoint.after_rename")
     finally:
@@ -283,11 +233,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
     return entry
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(file: IO[bytes]) -> str:
+    """Of what is left of the file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

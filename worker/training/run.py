@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.contract.metrics import LiveStats, StepMetrics
+from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.contract.spec import JobSpec
 from service.contract.speed import Speeds, slow_precision
 from service.faultpoints import reach
@@ -22,12 +22,13 @@ from worker.amp.telemetry import EngineEvent, StepRow
 from worker.training import checkpoint, environment, randomness
 from worker.training.assembly import Assembly, assemble
 from worker.training.batches import Batches, Plan, Position, excluded_from
-from worker.training.checkpoint import CheckpointRef, Payload
+from worker.training.checkpoint import HELD_OUT_LOSS, CheckpointRef, Payload
 from worker.training.errors import CheckpointDamaged, StorageFailed
 from worker.training.evaluation import evaluate
 from worker.training.failures import translated
 from worker.training.observer import Observer
 from worker.training.progress import RecentSteps
+from worker.training.restoring import load_newest
 
 _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""
@@ -83,12 +84,14 @@ class Run:
         self._memory_peak = 0
         self._last_loss = math.nan
         self._evaluated_at = self._saved_at = 0
+        self._evaluation: Evaluation | None = None
+        self._best_loss, self._best_at = math.inf, 0
         self._flush_at = 0.0
         self._data_fingerprint: str | None = None
         self.step = self.resumed_from = 0
 
         damaged: list[CheckpointDamaged] = []
-        found = checkpoint.load_newest(resume, damaged.append)
+        found = load_newest(resume, damaged.append)
         state: dict[str, Any] = dict(found[1].state) if found else {}
         excluded |= excluded_from(state.get("excluded", ()))
         randomness.seed_all(spec.training.seed)
@@ -142,7 +145,8 @@ class Run:
         if now >= self._flush_at or len(self._rows) >= _MOST_PENDING:
             self.report()
         every = training.checkpoint_every_steps
-        if (every is not None and self.step % every == 0) or now >= self._save_by:
+        due = (every is not None and self.step % every == 0) or now >= self._save_by
+        if due or (training.checkpoint_on_best and self._best_at == self.step):
             self._save(required=False)
 
     def stop(self, *, keep: bool) -> None:
@@ -322,7 +326,9 @@ class Run:
             )
         if self._parts.scheduler_needs_evaluation:
             self._parts.scheduler.step(evaluation.loss)
-        self._evaluated_at = self.step
+        self._evaluated_at, self._evaluation = self.step, evaluation
+        if evaluation.loss < self._best_loss:
+            self._best_loss, self._best_at = evaluation.loss, self.step
         self._recent.come_back()
         self._observer.evaluated(evaluation)
 
@@ -358,9 +364,12 @@ class Run:
             self._recent.come_back()
         self._saved_at = self.step
         self._observer.checkpointed(info)
-        keep = self._spec.training.keep_checkpoints
-        self.checkpoints.insert(0, info.ref)
-        superseded, self.checkpoints = self.checkpoints[keep:], self.checkpoints[:keep]
+        training = self._spec.training
+        known = [info.ref, *self.checkpoints]
+        self.checkpoints = checkpoint.retained(
+            known, training.keep_checkpoints, best=training.keep_best_checkpoint
+        )
+        superseded = [ref for ref in known if ref not in self.checkpoints]
         if superseded:
             self._observer.superseded(superseded)
 
@@ -378,6 +387,7 @@ class Run:
                 "skipped": [[step, place.epoch, place.group] for step, place in self._skipped],
                 "epoch": [self._epoch, self._epoch_loss, self._epoch_steps],
                 "evaluated_at": self._evaluated_at,
+                "best": [self._best_loss, self._best_at],
                 "environment": self._environment(),
             },
         )
@@ -391,6 +401,7 @@ class Run:
         self._skipped = [(step, Position(epoch, group)) for step, epoch, group in state["skipped"]]
         self._epoch, self._epoch_loss, self._epoch_steps = state["epoch"]
         self._evaluated_at = state["evaluated_at"]
+        self._best_loss, self._best_at = state.get("best", (math.inf, 0))
         # Last: building the job has drawn from the generators.
         randomness.restore(state["rng"], self._device)
 
@@ -406,6 +417,9 @@ class Run:
             "loss": self._last_loss,
             "average_loss": self._epoch_loss / max(1, self._epoch_steps),
         }
+        if self._evaluation is not None and self._evaluation.step == self.step:
+            figures[HELD_OUT_LOSS] = self._evaluation.loss
+            figures |= {f"held_out_{name}": value for name, value in self._evaluation.metrics.items()}
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def _next_save_time(self) -> float:

@@ -1,0 +1,395 @@
+"""Nothing that was altered is ever loaded, executed or mistaken for another; a resume goes on without it."""
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
+from tests.training.test_checkpoint import saved
+from worker.training import restoring
+from worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
+from worker.training.errors import CheckpointDamaged, StorageFailed
+from worker.training.restoring import load, load_newest
+
+FILES = [WEIGHTS_FILE, STATE_FILE, MANIFEST_FILE]
+
+
+def truncate(ref: CheckpointRef, name: str) -> None:
+    path = ref.path / name
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(ref: CheckpointRef, name: str) -> None:
+    with (ref.path / name).open("ab") as file:
+        file.write(b"\0")
+
+
+def empty(ref: CheckpointRef, name: str) -> None:
+    (ref.path / name).write_bytes(b"")
+
+
+def flip_a_bit(ref: CheckpointRef, name: str) -> None:
+    content = bytearray((ref.path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (ref.path / name).write_bytes(content)
+
+
+def delete(ref: CheckpointRef, name: str) -> None:
+    (ref.path / name).unlink()
+
+
+def link(ref: CheckpointRef, name: str) -> None:
+    """To a file with the very bytes: still nothing that this checkpoint wrote."""
+    elsewhere = ref.path.parent / "elsewhere"
+    (ref.path / name).rename(elsewhere)
+    (ref.path / name).symlink_to(elsewhere)
+
+
+def pipe(ref: CheckpointRef, name: str) -> None:
+    (ref.path / name).unlink()
+    os.mkfifo(ref.path / name)
+
+
+def directory(ref: CheckpointRef, name: str) -> None:
+    (ref.path / name).unlink()
+    (ref.path / name).mkdir()
+
+
+@pytest.mark.parametrize("damage", [truncate, lengthen, empty, flip_a_bit, delete, link, pipe, directory])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_found(
+    tmp_path: Path, damage: Callable[[CheckpointRef, str], None], name: str
+) -> None:
+    ref = saved(tmp_path).ref
+    damage(ref, name)
+    with pytest.raises(CheckpointDamaged, match="checkpoint of step 7"):
+        load(ref)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str, recorded: bool) -> None:
+    """Every byte of every file. Without the recorded hash a manifest may change where it says the same."""
+    ref = saved(tmp_path).ref
+    if not recorded:
+        ref = dataclasses.replace(ref, manifest_sha256=None)
+    path = ref.path / name
+    whole = path.read_bytes()
+    expected = load(ref)
+    for place in range(len(whole)):
+        altered = bytearray(whole)
+        altered[place] ^= 1 << place % 8
+        path.write_bytes(altered)
+        if not recorded and name == MANIFEST_FILE:
+            try:
+                found = load(ref)
+            except CheckpointDamaged:
+                continue
+            assert torch.equal(found.weights["a.weight"], expected.weights["a.weight"])
+            continue
+        with pytest.raises(CheckpointDamaged):
+            load(ref)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_anywhere_is_found(tmp_path: Path, name: str) -> None:
+    ref = saved(tmp_path).ref
+    whole = (ref.path / name).read_bytes()
+    for length in range(len(whole)):
+        (ref.path / name).write_bytes(whole[:length])
+        with pytest.raises(CheckpointDamaged):
+            load(ref)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[WEIGHTS_FILE], [STATE_FILE], [MANIFEST_FILE], [STATE_FILE, MANIFEST_FILE], FILES],
+)
+def test_files_of_another_checkpoint_are_found(tmp_path: Path, names: list[str]) -> None:
+    ref, other = saved(tmp_path).ref, saved(tmp_path, step=8, value=2.0).ref
+    for name in names:
+        shutil.copy(other.path / name, ref.path / name)
+    with pytest.raises(CheckpointDamaged):
+        load(ref)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_step_with_the_same_weights_is_found(tmp_path: Path, recorded: bool) -> None:
+    ref, other = saved(tmp_path).ref, saved(tmp_path, step=8).ref
+    assert ref.sha256 == other.sha256
+    shutil.rmtree(ref.path)
+    shutil.copytree(other.path, ref.path)
+    with pytest.raises(CheckpointDamaged, match="another manifest" if recorded else "manifest of step 8"):
+        load(ref if recorded else dataclasses.replace(ref, manifest_sha256=None))
+
+
+def test_a_link_in_the_place_of_the_directory_is_found(tmp_path: Path) -> None:
+    ref = saved(tmp_path).ref
+    ref.path.rename(tmp_path / "elsewhere")
+    ref.path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointDamaged, match="link"):
+        load(ref)
+
+
+def agreeing(ref: CheckpointRef, **changes: Any) -> CheckpointRef:
+    """The reference as of one who can write files *and* record: every hash agrees with what is there."""
+    manifest = json.loads((ref.path / MANIFEST_FILE).read_text()) | changes
+    for name in (WEIGHTS_FILE, STATE_FILE):
+        content = (ref.path / name).read_bytes()
+        manifest["files"].setdefault(name, {})
+        manifest["files"][name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    text = json.dumps(manifest)
+    (ref.path / MANIFEST_FILE).write_text(text)
+    return dataclasses.replace(
+        ref,
+        sha256=manifest["files"][WEIGHTS_FILE]["sha256"],
+        manifest_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+class Bomb:
+    went_off = False
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _explode, ()
+
+
+def _explode() -> None:
+    Bomb.went_off = True
+
+
+def _pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb(), protocol=2))
+
+
+def _saved_by_torch(path: Path) -> None:
+    torch.save({"version": 1, "step": 7, "fence": 3, "aliases": {}, "state": Bomb()}, path)
+
+
+def _saved_the_old_way(path: Path) -> None:
+    torch.save({"state": Bomb()}, path, _use_new_zipfile_serialization=False)
+
+
+def _torch_script(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(), protocol=2))
+        archive.writestr("archive/constants.pkl", pickle.dumps(Bomb(), protocol=2))
+        archive.writestr("archive/version", "3\n")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, STATE_FILE])
+@pytest.mark.parametrize("write", [_pickled, _saved_by_torch, _saved_the_old_way, _torch_script])
+def test_nothing_is_unpickled_whatever_the_hashes_say(
+    tmp_path: Path, write: Callable[[Path], None], name: str
+) -> None:
+    ref = saved(tmp_path).ref
+    write(ref.path / name)
+    with pytest.raises(CheckpointDamaged):
+        load(agreeing(ref))
+    assert not Bomb.went_off
+
+
+def test_nothing_of_a_bomb_is_even_parsed_where_the_record_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = saved(tmp_path).ref
+    _saved_by_torch(ref.path / STATE_FILE)
+    agreeing(ref)
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(CheckpointDamaged, match="another manifest"):
+        load(ref)
+
+
+def _huge_tensor() -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def _huge_header() -> bytes:
+    return (2**62).to_bytes(8, "little") + b"{}"
+
+
+def _overlapping() -> bytes:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+@pytest.mark.parametrize("make", [_huge_tensor, _huge_header, _overlapping])
+def test_weights_that_declare_what_is_not_there_are_found(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    ref = saved(tmp_path).ref
+    (ref.path / WEIGHTS_FILE).write_bytes(make())
+    with pytest.raises(CheckpointDamaged):
+        load(agreeing(ref))
+
+
+def test_a_tensor_that_declares_more_than_its_storage_is_found(tmp_path: Path) -> None:
+    ref = saved(tmp_path).ref
+    buffer = io.BytesIO()
+    state = {"x": torch.arange(4)}
+    torch.save({"version": 1, "step": 7, "fence": 3, "aliases": {}, "state": state}, buffer)
+    with zipfile.ZipFile(buffer) as written, zipfile.ZipFile(ref.path / STATE_FILE, "w") as hostile:
+        for name in written.namelist():
+            content = written.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"K\x04\x85") == 1  # the shape (4,)
+                content = content.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85")
+            hostile.writestr(name, content)
+    with pytest.raises(CheckpointDamaged, match="cannot be read"):
+        load(agreeing(ref))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"{}",
+        b"[" * 60_000,
+        b'{"version": 1, "fence": 3, "step": 7, "files": []}',
+        b'{"version": 1, "fence": 3, "step": 7, "files": {}}',
+        b'{"version": 1, "fence": 3, "step": 1e999, "files": {}}',
+        b'{"version": 2, "fence": 3, "step": 7, "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}',
+        b'{"version": 1, "fence": 3, "step": 7, "files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}',
+        b'{"version": 1, "fence": 3, "step": 7, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
+        b'{"version": 1, "fence": 3, "step": 7, "files": {"model.safetensors": {"bytes": "x", "sha256": 1}}}',
+        b" " * (restoring.MAX_MANIFEST_BYTES + 1),
+    ],
+    ids=range(15),
+)
+def test_a_manifest_of_any_kind_is_damage_and_no_accident(tmp_path: Path, manifest: bytes) -> None:
+    ref = saved(tmp_path).ref
+    (ref.path / MANIFEST_FILE).write_bytes(manifest)
+    with pytest.raises(CheckpointDamaged):
+        load(dataclasses.replace(ref, manifest_sha256=hashlib.sha256(manifest).hexdigest()))
+
+
+def test_only_the_two_files_of_the_directory_are_ever_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = saved(tmp_path).ref
+    ref = agreeing(ref, files={"../secret": {"bytes": 1, "sha256": "0" * 64}})
+    opened: list[str] = []
+    real = os.open
+
+    def watch(path: Any, *arguments: Any, **options: Any) -> int:
+        opened.append(str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", watch)
+    with pytest.raises(CheckpointDamaged):
+        load(ref)
+    assert all(Path(path).parent == ref.path for path in opened)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"version": 1},
+        {"version": 1, "step": 8, "fence": 3, "aliases": {}, "state": {}},
+        {"version": 1, "step": 7, "fence": 9, "aliases": {}, "state": {}},
+        {"version": 1, "step": 7, "fence": 3, "aliases": {"x": "no such"}, "state": {}},
+        {"version": 1, "step": 7, "fence": 3, "aliases": [], "state": {}},
+        {"version": 1, "step": 7, "fence": 3, "aliases": {}},
+        {"version": 2, "step": 7, "fence": 3, "aliases": {}, "state": {}},
+    ],
+    ids=range(9),
+)
+def test_a_state_of_another_shape_is_found(tmp_path: Path, content: Any) -> None:
+    ref = saved(tmp_path).ref
+    torch.save(content, ref.path / STATE_FILE)
+    with pytest.raises(CheckpointDamaged):
+        load(agreeing(ref))
+
+
+def test_a_disk_that_answers_with_errors_does_not_cost_the_job_its_past(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = [saved(tmp_path, step=step).ref for step in (9, 8)]
+    real = os.open
+    broken = {refs[0].path}
+
+    def failing(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).parent in broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    told: list[CheckpointDamaged] = []
+    found = load_newest(refs, told.append)
+    assert found is not None
+    assert found[0].step == 8
+    assert [damage.detail["step"] for damage in told] == [9]
+    broken.add(refs[1].path)
+    with pytest.raises(StorageFailed, match="look after the disk"):
+        load_newest(refs, told.append)
+
+
+@pytest.mark.parametrize("how", ["not mounted", "not permitted"])
+def test_a_place_that_is_not_there_says_nothing_of_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Neither damage nor a reason to begin again: the record of the job stays as it is."""
+    spec = job(training={"checkpoint_every_steps": 2})
+    recorder = Recorder()
+    run(spec, tmp_path, recorder, stop_after=5)
+    refs, rows = list(recorder.refs), list(recorder.rows)
+    if how == "not mounted":
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+    else:
+
+        def refused(*_: Any, **__: Any) -> int:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(restoring.os, "open", refused)
+    with pytest.raises(StorageFailed, match="cannot be reached from this worker"):
+        run(spec, tmp_path, recorder, fence=2)
+    assert (recorder.refs, recorder.rows) == (refs, rows)
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3])
+@pytest.mark.parametrize("name", FILES)
+def test_a_resume_falls_back_to_the_checkpoint_before(tmp_path: Path, broken: int, name: str) -> None:
+    training = {"checkpoint_every_steps": 2, "keep_checkpoints": 3, "keep_best_checkpoint": False}
+    spec = job(training=training)
+    _, whole = run(spec, tmp_path / "whole")
+    recorder = Recorder()
+    run(spec, tmp_path / "cut", recorder, stop_after=7)
+    assert [ref.step for ref in recorder.refs] == [7, 6, 4]
+    for ref in recorder.refs[:broken]:
+        flip_a_bit(ref, name)
+    expected = [7, 6, 4, 0][broken]
+    outcome, _ = run(spec, tmp_path / "cut", recorder, fence=2)
+    assert outcome.resumed_from == recorder.resumes[-1] == expected
+    told = recorder.coded("checkpoint_damaged")
+    assert [data["step"] for data in told] == [7, 6, 4][:broken]
+    assert all(data["resumed_from"] == expected for data in told)
+    assert same_numbers(recorder.rows, whole.rows)
+    assert weights_sha256(recorder) == weights_sha256(whole)
+
+
+def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
+    info = saved(tmp_path)
+    loaded = load(info.ref)
+    assert loaded.weights.keys() == {"a.weight", "b.tied", "c.scalar"}
+    assert loaded.weights["b.tied"] is loaded.weights["a.weight"]
+    assert set(safetensors.torch.load_file(info.path / WEIGHTS_FILE)) == {"a.weight", "c.scalar"}
