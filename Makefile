@@ -13,10 +13,10 @@ BENCHMARKS := accuracy overhead record
 # Two at a time: most of what a test waits for are other processes.
 TEST_WORKERS ?= 2
 
-.PHONY: help install demo test lint bench bench-compare gpu clean
+.PHONY: help install demo test lint bench bench-compare faults soak faults-selftest gpu clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with all that the demo, the tests and both packages need
 
@@ -39,6 +39,15 @@ bench: $(STAMP) ## Run the benchmarks into benchmarks/results; BENCHMARKS=… ch
 
 bench-compare: $(STAMP) ## What got slower: OLD=… NEW=…, two result files or directories
 	$(BIN)/python -m benchmarks.compare $(OLD) $(or $(NEW),benchmarks/results)
+
+faults: $(STAMP) ## The fault suite's release form; FAULTS_ARGS=… (--jobs, --faults, --seed, --database)
+	$(BIN)/python -m tests.faults.run --jobs 1000 --faults 300 $(FAULTS_ARGS)
+
+soak: $(STAMP) ## The fault suite for hours
+	$(BIN)/python -m tests.faults.run --jobs 5000 --faults 1500 $(FAULTS_ARGS)
+
+faults-selftest: $(STAMP) ## Break the product on purpose: each break must turn the fault suite red
+	$(BIN)/python -m tests.faults.mutants $(FAULTS_ARGS)
 
 gpu: ## The tests that need a CUDA device; GPU_PYTHON=… uses another environment than .venv
 	@test -x "$$(command -v $(GPU_PYTHON))" || $(MAKE) install
