@@ -38,7 +38,7 @@ class Installation:
         self.postgres: OwnPostgres | None = None
         self.postgres_proxy: Proxy | None = None
         if kind == "postgresql":
-            self.postgres = OwnPostgres(folder)
+            self.postgres = OwnPostgres()
             self.postgres_proxy = Proxy(self.postgres.port)
             direct = self.postgres.url
             through = direct.replace(f":{self.postgres.port}/", f":{self.postgres_proxy.port}/")
@@ -179,7 +179,7 @@ class Installation:
             self.redis_proxy.close()
             if self.postgres is not None and self.postgres_proxy is not None:
                 self.postgres_proxy.close()
-                self.postgres.stop("immediate")
+                self.postgres.remove()
 
     def _keep(self) -> None:
         modules = {"api": "service.api", "dispatch": "service.dispatch"}

@@ -5,6 +5,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,18 +59,15 @@ class OwnRedis:
 class OwnPostgres:
     """A cluster in a folder, run by this user, or by `postgres` where this user is root."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.binaries = _postgres_binaries()
         self.port = free_port()
-        self._folder = folder / "postgres"
-        self._folder.mkdir()
+        # Of its own, since `postgres` may not enter what another user keeps for itself.
+        self._folder = Path(tempfile.mkdtemp(prefix="halfstep-postgres-"))
         self._user = "postgres" if os.getuid() == 0 else None
         if self._user is not None:
             account = pwd.getpwnam(self._user)
             os.chown(self._folder, account.pw_uid, account.pw_gid)
-            for parent in (self._folder, *self._folder.parents):
-                if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
-                    parent.chmod(parent.stat().st_mode | 0o011)
         self._run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "--no-sync")
         self.start()
 
@@ -103,6 +101,11 @@ class OwnPostgres:
     def stop(self, mode: str) -> None:
         """`immediate` is a crash: the next start recovers from the log."""
         self._run("pg_ctl", "-D", self._data, "-m", mode, "-w", "-t", "60", "stop")
+
+    def remove(self) -> None:
+        """Stop it for good, and its folder with it."""
+        self.stop("immediate")
+        shutil.rmtree(self._folder)
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
