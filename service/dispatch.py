@@ -1,24 +1,28 @@
 """Dispatcher and reaper: what makes a broker's forgetting and a worker's death harmless.
 
 A loop of compare-and-set statements on a timer, safe to run any number of times at once:
-it re-sends queued jobs that nobody claimed, takes back expired leases, and fails what no
-live worker can run. `python -m service.dispatch` starts it.
+it re-sends queued jobs that nobody claimed, takes back expired leases, fails what no live
+worker can run, deletes what is older than it is to be kept, and sweeps up after deleted jobs.
+`python -m service.dispatch` starts it.
 """
 
 import signal
 import sys
 import threading
+import time
+from functools import partial
 from types import FrameType
 
 import structlog
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from service.errors import HalfstepError, StoreUnavailable
+from service.errors import HalfstepError, NotFound, StoreUnavailable
 from service.faultpoints import reach
 from service.logs import configure
 from service.queue import enqueue
 from service.settings import Settings
+from service.storage import storage
 from service.store import jobs, schema
 from service.store.database import Database
 
@@ -26,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 UNCLAIMED_SECONDS = 1.0  # a claim normally follows its message within milliseconds
 BATCH = 100
+SWEEP_SECONDS = 0.5  # of a round: leases and queue must not wait for a long record to go
 
 
 def one_round(settings: Settings, database: Database) -> None:
@@ -52,6 +57,8 @@ def one_round(settings: Settings, database: Database) -> None:
     if sent:
         database.retry(lambda s: jobs.mark_published(s, sent))
         log.debug("sent again", jobs=len(sent))
+    _delete_expired(settings, database)
+    _sweep(settings, database)
 
 
 def _reap(session: Session) -> list[jobs.Job]:
@@ -59,6 +66,40 @@ def _reap(session: Session) -> list[jobs.Job]:
     if given_back:
         reach("reap.before_commit")
     return given_back
+
+
+def _delete_expired(settings: Settings, database: Database) -> None:
+    days = settings.retention_days
+    if days is None:
+        return
+    with database.read() as session:
+        old = jobs.expired(session, days=days, limit=BATCH)
+    for job_id in old:
+        try:
+            database.retry(partial(jobs.delete, job_id=job_id, tenant=None))
+        except NotFound:  # a client or another dispatcher was faster
+            continue
+        log.info("deleted by age", job_id=job_id, days=days)
+
+
+def _sweep(settings: Settings, database: Database) -> None:
+    """Remove what deleted jobs have left, in small transactions, as far as a round's time allows."""
+    end = time.monotonic() + SWEEP_SECONDS
+    with database.read() as session:
+        left = jobs.unswept(session, limit=BATCH)
+    for job_id, files in left:
+        failed = storage(settings).remove_job(job_id, files.removable, keep=files.shared)
+        for path, error in failed.items():
+            log.error("path not removed", path=path, error=str(error))
+        while True:
+            began = time.monotonic()
+            done = database.retry(partial(jobs.sweep, job_id=job_id))
+            # Whoever waits for SQLite's lock looks for it now and then: half of the time it must be free.
+            time.sleep(time.monotonic() - began)
+            if done:
+                break
+            if time.monotonic() > end:
+                return
 
 
 def run(settings: Settings, stop: threading.Event) -> None:

@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     no_worker_seconds: float = Field(
         default=600.0, gt=0, description="A queued job that no live worker could run for this long fails."
     )
+    retention_days: float | None = Field(
+        default=None, gt=0, description="Jobs that ended longer ago are deleted; none: they are kept."
+    )
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -96,6 +96,19 @@ class Storage:
             except OSError:  # not empty, or not there
                 break
 
+    def remove_job(self, job_id: str, paths: Sequence[str], *, keep: Sequence[str]) -> dict[str, OSError]:
+        """Remove `paths` and what else a job has here but for `keep`; returns what could not be removed.
+
+        Workers that share this disk keep everything of a job in one directory of its own.
+        """
+        failed = {}
+        for path in (*paths, f"jobs/{job_id}"):
+            try:
+                self.remove(path, keep=keep)
+            except OSError as error:
+                failed[path] = error
+        return failed
+
     def _inside(self, path: str) -> Path | None:
         place = (self._root / path).resolve()
         return place if place != self._root and place.is_relative_to(self._root) else None

@@ -1,8 +1,8 @@
-"""Jobs as clients see them: submit, look up, list, delete; and the door to the rest of a job's life.
+"""Jobs as clients see them: submit, look up, list; and the door to the rest of a job's life.
 
 What a client asks of one is in `control` and `retries`, what a worker does under its lease in `leases`, what
-the dispatcher does in `upkeep`, checkpoints in `checkpoints`; their functions are offered here too, so that
-callers need one name.
+the dispatcher does in `upkeep`, how jobs go in `deletions`, checkpoints in `checkpoints`; their functions are
+offered here too, so that callers need one name.
 """
 
 import hashlib
@@ -12,25 +12,23 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from sqlalchemy import delete as sql_delete
 from sqlalchemy import func, insert, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.contract.precision import PrecisionLevel
 from service.contract.spec import JobSpec
 from service.contract.states import JobState
-from service.errors import Conflict, InvalidRequest
+from service.errors import InvalidRequest
 from service.store.checkpoints import (
     Checkpoint,
     checkpoints,
     drop_checkpoint,
-    drop_checkpoints,
     record_checkpoint,
 )
 from service.store.clock import db_now
 from service.store.control import request_cancel, request_pause, request_resume
+from service.store.deletions import Leftovers, delete, expired, sweep, unswept
 from service.store.leases import claim, finish, mark_running, release, renew
 from service.store.records import (
     JOB_COLUMNS,
@@ -40,7 +38,6 @@ from service.store.records import (
     get,
     job_from,
     known_shape,
-    lock,
     record_states,
 )
 from service.store.tables import (
@@ -67,6 +64,7 @@ __all__ = [
     "counts",
     "delete",
     "drop_checkpoint",
+    "expired",
     "fail_without_worker",
     "finish",
     "get",
@@ -83,9 +81,11 @@ __all__ = [
     "request_resume",
     "requirements",
     "submit",
+    "sweep",
     "transitions",
     "transitions_of",
     "unclaimed",
+    "unswept",
 ]
 
 _id_lock = threading.Lock()
@@ -303,30 +303,6 @@ def list_jobs(
     if before is not None:
         query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < before)
     return [job_from(row) for row in s.execute(query)]
-
-
-@dataclass(frozen=True, slots=True)
-class Leftovers:
-    """Checkpoints of a deleted job, as paths of its record: those that may go, those that other jobs name."""
-
-    removable: list[str]
-    shared: list[str]
-
-
-def delete(s: Session, job_id: str, *, tenant: str | None) -> Leftovers:
-    """Delete a job that has ended and its record; returns what is left of it on disk.
-
-    Raises:
-        NotFound: there is no such job of this tenant's.
-        Conflict: the job has not ended.
-    """
-    job = lock(s, job_id, tenant=tenant)
-    if not job.state.is_terminal:
-        raise Conflict(f"the job is {job.state}; cancel it and wait for its end, then delete it")
-    removable, shared = drop_checkpoints(s, job_id)
-    if s.execute(sql_delete(jobs).where(jobs.c.id == job_id).returning(jobs.c.id)).one_or_none() is None:
-        raise absent(job_id)
-    return Leftovers(removable, shared)
 
 
 def counts(s: Session) -> dict[JobState, int]:

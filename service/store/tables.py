@@ -148,6 +148,12 @@ jobs = Table(
     Index("jobs_by_tenant_state", "tenant", "state", "created_at", "id"),
     Index("jobs_by_parent", "parent_id"),
     Index(
+        "jobs_finished",
+        "finished_at",
+        sqlite_where=text("finished_at IS NOT NULL"),
+        postgresql_where=text("finished_at IS NOT NULL"),
+    ),
+    Index(
         "jobs_queued",
         "precedence",
         "created_at",
@@ -203,10 +209,12 @@ job_transitions = Table(
     CheckConstraint(_one_of("state", JobState), name="state_known"),
 )
 
+# Events, chunks and roll-ups grow with a job's length. They refer to no row of jobs, which would take them
+# along in one statement: `deletions` tells what is left of jobs that are gone, and it is swept in small ones.
 job_events = Table(
     "job_events",
     metadata,
-    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", _Id, nullable=False),
     # From 1, without gaps: drawn from job_stats.last_event under that row's lock.
     Column("seq", BigInteger, nullable=False),
     Column("at", _Time, nullable=False),
@@ -275,7 +283,7 @@ job_stats = Table(
 metric_chunks = Table(
     "metric_chunks",
     metadata,
-    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", _Id, nullable=False),
     Column("first_step", BigInteger, nullable=False),
     Column("last_step", BigInteger, nullable=False),
     # The totals of job_stats as they were after last_step: truncation needs no pass over the whole record.
@@ -290,13 +298,22 @@ metric_chunks = Table(
 metric_rollups = Table(
     "metric_rollups",
     metadata,
-    Column("job_id", _Id, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", _Id, nullable=False),
     Column("level", Integer, nullable=False),
     Column("first_step", BigInteger, nullable=False),
     Column("last_step", BigInteger, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     PrimaryKeyConstraint("job_id", "level", "first_step"),
     CheckConstraint("level >= 1 AND first_step >= 1 AND last_step > first_step", name="steps_in_order"),
+)
+
+# Written in the transaction that removes the job, and removed with the last of what the job left.
+deletions = Table(
+    "deletions",
+    metadata,
+    Column("job_id", _Id, primary_key=True),
+    Column("deleted_at", _Time, nullable=False),
+    Column("files", JsonText, nullable=False),  # {removable: [path], shared: [path]}
 )
 
 checkpoints = Table(

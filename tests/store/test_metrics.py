@@ -112,6 +112,8 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
     with database.begin() as s:
         jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
         jobs.delete(s, job.id, tenant=None)
+        while not jobs.sweep(s, job.id):
+            pass
         left = select(func.count()).select_from(metric_chunks).where(metric_chunks.c.job_id == job.id)
         assert s.scalar(left) == 0
 

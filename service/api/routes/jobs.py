@@ -166,19 +166,18 @@ def get_job(context: ContextDep, caller: Reader, job_id: JobPath) -> Response:
     responses=declares(HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
 )
 def delete_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Response:
-    """Delete a terminal job with its record, events and checkpoints. Any other state is a conflict."""
+    """Delete a terminal job with its record, events and checkpoints. Any other state is a conflict.
+
+    It is gone at once; the space that a long record takes is given back little by little.
+    """
 
     def delete(session: Session) -> store.Leftovers:
         return store.delete(session, job_id, tenant=caller.tenant)
 
     left = context.database.retry(delete)
-    files = storage(context.settings)
-    # Workers that share this disk keep everything of a job in this directory.
-    for path in (*left.removable, f"jobs/{job_id}"):
-        try:
-            files.remove(path, keep=left.shared)
-        except OSError as error:
-            _log.error("path_not_removed", path=path, error=str(error))
+    failed = storage(context.settings).remove_job(job_id, left.removable, keep=left.shared)
+    for path, error in failed.items():
+        _log.error("path_not_removed", path=path, error=str(error))
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
