@@ -1,6 +1,8 @@
 """A run that was cut anywhere and resumed is the run that was not, to the bit."""
 
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,92 @@ def test_optimizers_schedulers_and_precisions_resume_exactly(tmp_path: Path, blo
     cut = in_pieces(spec, tmp_path / "cut", [3, 6], StopRequest.DRAIN)
     assert same_numbers(cut.rows, whole.rows)
     assert weights_sha256(cut) == weights_sha256(whole)
+
+
+LEVELS = ("fp32", "fp16", "bf16", "mixed", "dynamic")
+CELLS = [
+    *(("automatic", level) for level in LEVELS),
+    *(("manual", level) for level in LEVELS if level != "dynamic"),
+    *(("selective", level) for level in LEVELS if level != "fp32"),
+    *(("adaptive", level) for level in LEVELS if level != "fp32"),
+    ("gradient_scaling", "fp32"),
+]
+"""Every mode and level that go together."""
+
+FRESH = {("automatic", "fp16"), ("adaptive", "dynamic")}
+"""Cells whose resume is another process's; the others' is that of new objects in this one."""
+
+SEED = 20_261
+
+
+def cell_job(mode: str, level: str) -> Any:
+    """48 steps, beyond the first decision of the engine, with all that has a state of its own."""
+    precision: dict[str, Any] = {
+        "mode": mode,
+        "precision_level": level,
+        "scale_window": 4,
+        "initial_scale": 2.0**24,
+        "max_scale": 2.0**40,
+        "adaptive_threshold": 0.0,
+    }
+    if mode == "selective":
+        precision["selective_layers"] = ["fc1", "out"]
+    training = EVERYTHING["training"] | {"gradient_accumulation_steps": 2, "epochs": 8}
+    return job(**EVERYTHING | {"precision": precision, "training": training})
+
+
+@pytest.mark.parametrize(("mode", "level"), CELLS)
+def test_every_precision_resumes_exactly_wherever_it_is_cut(tmp_path: Path, mode: str, level: str) -> None:
+    spec = cell_job(mode, level)
+    _, whole = run(spec, tmp_path / "whole")
+    steps = len(whole.rows)
+    cut = random.Random(f"{SEED} {mode} {level}").randrange(1, steps)
+    print(f"seed {SEED}: {mode} {level} is cut after step {cut} of {steps}")
+    outcome, recorder = run(spec, tmp_path / "cut", stop_after=cut, request=StopRequest.DRAIN)
+    assert outcome.step == cut
+    if (mode, level) in FRESH:
+        outcome, recorder = in_another_process(spec, tmp_path / "cut", recorder)
+    else:
+        random.seed(cut)
+        np.random.seed(cut)
+        torch.manual_seed(cut)
+        outcome, _ = run(spec, tmp_path / "cut", recorder, fence=2, decisions=decisions(recorder))
+    assert (outcome.stopped, outcome.resumed_from) == (None, cut)
+    assert same_numbers(recorder.rows, whole.rows)
+    assert [row.scale for row in recorder.rows] == [row.scale for row in whole.rows]
+    assert weights_sha256(recorder) == weights_sha256(whole)
+    assert not recorder.coded("resume_not_exact")
+    assert decisions(recorder) == decisions(whole)
+
+
+def test_the_matrix_meets_what_it_is_about(tmp_path: Path) -> None:
+    """Overflows, growth, and changes of precision happen in it; a matrix of calm runs would show little."""
+    _, scaled = run(cell_job("automatic", "fp16"), tmp_path / "scaled")
+    assert any(row.overflow for row in scaled.rows)
+    assert any(later.scale > row.scale for row, later in zip(scaled.rows, scaled.rows[1:], strict=False))
+    _, adaptive = run(cell_job("adaptive", "fp16"), tmp_path / "adaptive")
+    assert {row.compute_dtype for row in adaptive.rows} == {"float32", "float16"}
+    assert len(adaptive.rows) > 32
+
+
+def decisions(recorder: Recorder) -> list[dict[str, Any]]:
+    """As a worker tells them to the attempt that goes on."""
+    return [
+        {name: value for name, value in data.items() if name != "figures"}
+        for type_, _, _, data in recorder.events
+        if type_ == "precision" and "from" in data
+    ]
+
+
+def in_another_process(spec: Any, directory: Path, recorder: Recorder) -> tuple[Any, Recorder]:
+    """The rest of the run, in a process that knows nothing but what is on disk and in the record."""
+    recorder.on_steps = int  # a lambda of this process cannot travel
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_the_rest, spec, directory, recorder).result(timeout=120)
+
+
+def _the_rest(spec: Any, directory: Path, recorder: Recorder) -> tuple[Any, Recorder]:
+    return run(spec, directory, recorder, fence=2, decisions=decisions(recorder))
 
 
 def test_gpt_resumes_exactly(tmp_path: Path) -> None:
