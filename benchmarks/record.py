@@ -14,16 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psycopg
-from psycopg import sql
 from sqlalchemy import make_url, text
 
 from benchmarks import peer_mlflow
+from benchmarks.databases import LOCAL_SERVER, new_database
 from benchmarks.peer_rows import PostgresRows, Rows, SqliteRows
 from benchmarks.report import Report, options
 from benchmarks.steps import LIVE, batches
@@ -46,7 +44,7 @@ def main() -> None:
     parser = options("record", __doc__)
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"])
     parser.add_argument("--steps", nargs="+", type=int, default=[1_000_000, 10_000_000])
-    parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432/postgres")
+    parser.add_argument("--postgres", default=LOCAL_SERVER)
     parser.add_argument("--directory", type=Path, help="where the SQLite files go; default: a temporary one")
     parser.add_argument("--mlflow-python", type=Path, help="an interpreter that has MLflow")
     parser.add_argument("--without", nargs="*", default=[], choices=["rows", "batches"])
@@ -61,12 +59,12 @@ def main() -> None:
         for kind in arguments.databases:
             place = (kind, Path(directory), arguments.postgres)
             if "batches" not in arguments.without:
-                with _new_database(*place) as url:
+                with new_database(*place) as url:
                     _batches(report, kind, url, repetitions)
-            with _new_database(*place) as url:
+            with new_database(*place) as url:
                 _record(report, kind, url, sorted(arguments.steps), repetitions)
             if "rows" not in arguments.without:
-                with _new_database(*place) as url:
+                with new_database(*place) as url:
                     _rows(report, kind, url, min(arguments.steps))
     if arguments.mlflow_python is None:
         print("MLflow: absent; name an interpreter that has it with --mlflow-python")
@@ -257,24 +255,6 @@ def _bytes(database: Database) -> int:
     )
     with database.read() as s:
         return int(s.scalar(text(tables), {"names": sorted(metadata.tables)}) or 0)
-
-
-@contextmanager
-def _new_database(kind: str, directory: Path, server: str) -> Iterator[str]:
-    """The URL of an empty database, gone afterwards."""
-    name = f"halfstep_bench_{uuid.uuid4().hex[:12]}"
-    if kind == "sqlite":
-        path = directory / f"{name}.db"
-        yield f"sqlite:///{path}"
-        for each in directory.glob(f"{name}.db*"):
-            each.unlink()
-        return
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        try:
-            yield make_url(server).set(database=name).render_as_string(hide_password=False)
-        finally:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 class _Client:
