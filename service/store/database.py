@@ -26,7 +26,10 @@ _WRITES = "halfstep_writes"
 
 # Serialization, deadlock, lock timeout, statement timeout, idle-in-transaction timeout, read-only (a standby
 # after a failover), out of connections or memory; the classes 08 and 57P are lost and refused connections.
-_TRANSIENT_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "25P03", "25006", "53300", "53200"})
+# 53100 is a full disk, as SQLITE_FULL below: an operator can free it while the record is buffered.
+_TRANSIENT_SQLSTATES = frozenset(
+    {"40001", "40P01", "55P03", "57014", "25P03", "25006", "53100", "53200", "53300"}
+)
 _TRANSIENT_CLASSES = ("08", "57P")
 _TRANSIENT_SQLITE = frozenset(
     {

@@ -4,14 +4,15 @@ import threading
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError, InternalError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.errors import StoreUnavailable
 from service.store import jobs, metrics
-from service.store.database import Database
+from service.store.database import Database, is_transient
 from tests.store.making import LIVE, running, spec, steps, submitted
 
 
@@ -221,3 +222,17 @@ def test_a_server_that_is_not_there_is_unavailable(database: Database) -> None:
         away.ping()
     assert time.monotonic() - began < 10
     away.dispose()
+
+
+@pytest.mark.parametrize(
+    ("cause", "passes"),
+    [
+        (psycopg.errors.DiskFull, True),
+        (psycopg.errors.OutOfMemory, True),
+        (psycopg.errors.SerializationFailure, True),
+        (psycopg.errors.UniqueViolation, False),
+        (psycopg.errors.UndefinedTable, False),
+    ],
+)
+def test_what_an_operator_can_cure_is_worth_another_try(cause: type[psycopg.Error], passes: bool) -> None:
+    assert is_transient(DBAPIError("INSERT", {}, cause())) is passes
