@@ -13,7 +13,7 @@ from service.contract.metrics import METRIC_COLUMNS
 from service.store import jobs, metrics
 from service.store.database import Database
 from tests.faults.checker import Change, Evidence, Reference, Request, Saved, Seen
-from worker.training import checkpoint
+from worker.training import restoring
 from worker.training.checkpoint import CheckpointRef
 from worker.training.errors import CheckpointDamaged
 
@@ -130,7 +130,14 @@ def gather(
 
 def _loads(kept: jobs.Checkpoint, data_dir: Path) -> bool:
     try:
-        checkpoint.load(CheckpointRef(step=kept.step, path=data_dir / kept.path, sha256=kept.sha256))
+        restoring.load(
+            CheckpointRef(
+                step=kept.step,
+                path=data_dir / kept.path,
+                sha256=kept.sha256,
+                manifest_sha256=kept.manifest_sha256,
+            )
+        )
     except CheckpointDamaged:
         return False
     return True
