@@ -24,7 +24,7 @@ demo: $(STAMP) ## Train on handwritten digits through the HTTP API, watch it, pr
 	@$(BIN)/python examples/demo.py
 
 test: lint ## Everything a machine without a GPU can test: lint, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --ignore tests/faults/test_short.py -n $(TEST_WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Formatting, lint, strict types, import contracts
 	$(BIN)/ruff check .
