@@ -1,14 +1,17 @@
 """From the training loop to SQL: a bounded queue, one thread, batched and fenced writes.
 
 The loop never waits for the database until the bound is reached; then it does, so that nothing is
-dropped. What goes wrong here is raised in the loop at its next report.
+dropped. It waits for as long as the lease is renewed: whoever supervises this process ends it when the lease
+cannot be. What goes wrong here is raised in the loop at its next report.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,19 @@ Write = Callable[[Session], object]
 class _Batch:
     rows: Sequence[StepMetrics]
     live: LiveStats
+    arrived: float  # seconds since the epoch
 
 
 @dataclass(frozen=True, slots=True)
 class _Transaction:
     write: Write
     then: Callable[[], object] | None = None  # after the commit
+
+
+@dataclass(frozen=True, slots=True)
+class _Outage:
+    error: str  # the first one met
+    seconds: float
 
 
 MAX_BUFFERED_ROWS = 200_000  # about 40 MB; at 500 steps a second, 400 s of a database that is away
@@ -49,7 +59,17 @@ FIRST_FENCE = 1  # of a job's first claim: nobody has written anything of its re
 
 
 class Reporter:
-    """The training loop's observer whose words end in the store, under the job's fence."""
+    """The training loop's observer whose words end in the store, under the job's fence.
+
+    Args:
+        database: where the record is.
+        job_id: the job's.
+        fence: this attempt's.
+        on_progress: called with the newest step and a step's usual seconds as steps are reported, and again
+            while the loop waits for a database that is away: that is no stall.
+        path_of: how the record names a file.
+        max_rows: the bound of the buffer.
+    """
 
     def __init__(
         self,
@@ -66,6 +86,10 @@ class Reporter:
         self._changed = threading.Condition()
         self._queue: deque[_Batch | _Transaction] = deque()
         self._rows = 0
+        self._writing_since: float | None = None  # when the first row of the batch under way arrived
+        self._progress = (0, 0.0)
+        self._waits_since: float | None = None  # the loop, on the monotonic clock
+        self._waited = 0.0  # by the loop, in waits that ended since the newest commit
         self._busy = self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="reporter", daemon=True)
@@ -81,7 +105,7 @@ class Reporter:
             reach("opened.before_commit")
 
         self._put(write)
-        self._on_progress(0, 0.0)
+        self._on_progress(*self._progress)
 
     def resumed(self, step: int) -> None:
         """Training goes on after `step`: what the record holds beyond it is removed before this returns."""
@@ -108,13 +132,13 @@ class Reporter:
             return
         with self._changed:
             self._raise_failure()
-            while self._rows and self._rows + len(rows) > self._max_rows:
-                self._changed.wait()
-                self._raise_failure()
-            self._queue.append(_Batch(rows, live))
+            if self._is_full(len(rows)):
+                self._wait_for_room(len(rows))
+            self._queue.append(_Batch(rows, live, time.time()))
             self._rows += len(rows)
+            self._progress = (rows[-1].step, live.step_time_ms_p50 / 1e3)
             self._changed.notify_all()
-        self._on_progress(rows[-1].step, live.step_time_ms_p50 / 1e3)
+        self._on_progress(*self._progress)
 
     def event(self, type: str, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: A002 - the wire's name
         """Something a person should see in the job's events."""
@@ -196,11 +220,45 @@ class Reporter:
             self._queue.append(_Transaction(write, then))
             self._changed.notify_all()
 
+    def _is_full(self, more: int) -> bool:
+        return self._rows > 0 and self._rows + more > self._max_rows
+
+    def _wait_for_room(self, more: int) -> None:
+        since = self._held_since()
+        log.warning(
+            "the step record's buffer is full; training waits for the database",
+            rows=self._rows,
+            since=None if since is None else datetime.fromtimestamp(since, UTC).isoformat(),
+        )
+        began = time.monotonic()
+        with self._waiting():
+            while self._is_full(more):
+                self._changed.wait()
+                self._raise_failure()
+        log.info(
+            "the step record has room again; training goes on", seconds=round(time.monotonic() - began, 1)
+        )
+
+    def _held_since(self) -> float | None:
+        """When the oldest row that is not stored arrived."""
+        if self._writing_since is not None:
+            return self._writing_since
+        return next((entry.arrived for entry in self._queue if isinstance(entry, _Batch)), None)
+
     def _drain(self) -> None:
-        with self._changed:
+        with self._changed, self._waiting():
             while (self._queue or self._busy) and self._failure is None:
                 self._changed.wait()
             self._raise_failure()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - self._waits_since
+            self._waits_since = None
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -216,7 +274,7 @@ class Reporter:
                 transaction, taken = self._next()
                 self._busy = True
             try:
-                self._store(transaction.write)
+                outage = self._store(transaction.write)
                 if transaction.then is not None:
                     transaction.then()
             except BaseException as error:  # noqa: BLE001 - raised again in the training loop
@@ -227,8 +285,14 @@ class Reporter:
                     self._changed.notify_all()
                 return
             with self._changed:
+                if outage is not None:
+                    self._tell_of(outage)
+                self._waited = 0.0
+                if self._waits_since is not None:
+                    self._waits_since = time.monotonic()
                 self._busy = False
                 self._rows -= taken
+                self._writing_since = None
                 self._changed.notify_all()
 
     def _next(self) -> tuple[_Transaction, int]:
@@ -237,6 +301,7 @@ class Reporter:
         if isinstance(first, _Transaction):
             return first, 0
         rows, live = list(first.rows), first.live
+        self._writing_since = first.arrived
         while self._queue and isinstance(self._queue[0], _Batch):
             if len(rows) + len(self._queue[0].rows) > MAX_BATCH_ROWS:
                 break
@@ -251,33 +316,48 @@ class Reporter:
 
         return _Transaction(write, lambda: reach("report.after_commit")), len(rows)
 
-    def _store(self, write: Write) -> None:
-        away_since: float | None = None
+    def _store(self, write: Write) -> _Outage | None:
+        """Write until it succeeds; the outage that was waited for, if there was one."""
+        began = time.monotonic()
+        error: str | None = None
         while True:
             try:
                 self._database.retry(write)
-            except StoreUnavailable as error:
-                if away_since is None:
-                    away_since = time.monotonic()
-                    log.warning(
-                        "database away; the step record is buffered", rows=self._rows, error=str(error)
-                    )
+            except StoreUnavailable as unavailable:
+                if error is None:
+                    error = str(unavailable)
+                    log.warning("the database takes no writes; the step record is buffered", error=error)
+                with self._changed:
+                    waits, progress = self._waits_since is not None, self._progress
+                if waits:
+                    self._on_progress(*progress)
                 time.sleep(RETRY_SECONDS)
             else:
-                break
-        if away_since is not None:
-            seconds = round(time.monotonic() - away_since, 1)
-            log.info("database back; the buffered record is stored", seconds=seconds)
-            job, fence = self._job_id, self._fence
-            message = f"the database was away for {seconds} s; nothing of the record was lost"
-            self._database.retry(
+                return None if error is None else _Outage(error, time.monotonic() - began)
+
+    def _tell_of(self, outage: _Outage) -> None:
+        """Put its event first in the queue: written as everything is, so another outage does not lose it."""
+        waited = self._waited
+        if self._waits_since is not None:
+            waited += time.monotonic() - self._waits_since
+        seconds, waited = round(outage.seconds, 1), round(waited, 1)
+        log.info("the database takes writes again", seconds=seconds, waited_seconds=waited, rows=self._rows)
+        message = (
+            f"the database took no writes for {seconds} s ({outage.error}), and the job waited for {waited} "
+            "s of them; nothing of the record was lost"
+        )
+        data = {
+            "code": "database_away",
+            "seconds": seconds,
+            "waited_seconds": waited,
+            "rows_buffered": self._rows,
+            "error": outage.error,
+        }
+        job, fence = self._job_id, self._fence
+        self._queue.appendleft(
+            _Transaction(
                 lambda s: events.append(
-                    s,
-                    job,
-                    type="alert",
-                    level="warning",
-                    message=message,
-                    data={"seconds": seconds},
-                    fence=fence,
+                    s, job, type="alert", level="warning", message=message, data=data, fence=fence
                 )
             )
+        )

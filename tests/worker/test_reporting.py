@@ -101,47 +101,6 @@ def test_what_is_reported_is_stored_in_order_before_close_returns(database: Away
         assert jobs.get(session, job.id, tenant=None).state == "running"
 
 
-def test_a_database_that_is_away_costs_no_row_and_leaves_an_event(
-    database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
-    told = reporter(database, job)
-    told.opened(total_steps=None)
-    database.away = True
-    for step in range(1, 101):
-        told.steps([row(step)], LIVE)
-    threading.Timer(0.2, lambda: setattr(database, "away", False)).start()
-    told.close()
-    assert stored_steps(database, job) == list(range(1, 101))
-    with database.read() as session:
-        assert any("was away" in event.message for event in events.read(session, job.id))
-
-
-def test_a_full_buffer_waits_and_drops_nothing(
-    database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
-    told = reporter(database, job, max_rows=10)
-    told.opened(total_steps=None)
-    database.away = True
-    reached = []
-
-    def produce() -> None:
-        for step in range(1, 101):
-            told.steps([row(step)], LIVE)
-            reached.append(step)
-
-    producer = threading.Thread(target=produce, daemon=True)
-    producer.start()
-    producer.join(0.3)
-    assert producer.is_alive()
-    assert len(reached) <= 11
-    database.away = False
-    producer.join(SOON)
-    told.close()
-    assert stored_steps(database, job) == list(range(1, 101))
-
-
 def test_a_lost_fence_is_raised_in_the_loop_and_nothing_more_is_written(
     database: Away, job: jobs.Job
 ) -> None:

@@ -1,0 +1,194 @@
+"""A database that takes no writes while steps arrive: what is kept, and what is told and when."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import structlog
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy.orm import Session
+
+from service.errors import StoreUnavailable
+from service.store import events, jobs, metrics
+from service.store.database import Database
+from tests.store.making import LIVE, claimed, step, submitted
+from worker.reporting import Reporter
+
+SOON = 3.0
+
+
+class Failing(Database):
+    """A database that refuses while `refuses` says so; each refusal is told in `refusals`."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.refuses: Callable[[], bool] = lambda: False
+        self.refusals = threading.Semaphore(0)
+
+    def retry(self, fn: Callable[[Session], Any], *, seconds: float = 5.0) -> Any:
+        if self.refuses():
+            self.refusals.release()
+            raise StoreUnavailable("nobody answers")
+        return super().retry(fn, seconds=min(seconds, 0.05))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Failing]:
+    made = Failing(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def job(database: Failing) -> jobs.Job:
+    submitted(database)
+    return claimed(database)
+
+
+class Told:
+    """A reporter with its producer on a thread of its own, as the training loop is."""
+
+    def __init__(self, database: Database, job: jobs.Job, **options: int) -> None:
+        self.progress: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+        self.reporter = Reporter(
+            database,
+            job.id,
+            job.fence,
+            on_progress=lambda step, seconds: self.progress.put((step, seconds)),
+            **options,
+        )
+        self.produced = 0
+        self.reporter.opened(total_steps=None)
+
+    def produce(self, last: int) -> None:
+        for number in range(self.produced + 1, last + 1):
+            self.reporter.steps([step(number)], LIVE)
+            self.produced = number
+
+    def in_background(self, last: int) -> threading.Thread:
+        thread = threading.Thread(target=self.produce, args=(last,), daemon=True)
+        thread.start()
+        return thread
+
+
+def stored_steps(database: Database, job: jobs.Job) -> list[int]:
+    with database.read() as session:
+        return metrics.read(session, job.id, after_step=0, limit=10_000, fields=["step"]).columns["step"]
+
+
+def outages(database: Database, job: jobs.Job) -> list[events.Event]:
+    with database.read() as session:
+        found = events.read(session, job.id, type="alert")
+    return [each for each in found if (each.data or {}).get("code") == "database_away"]
+
+
+def entry(logs: list[Any], words: str) -> Any:
+    (found,) = [each for each in logs if words in each["event"]]
+    return found
+
+
+def refuse(database: Failing) -> None:
+    """From now on, and until the reporter has met it."""
+    database.refuses = lambda: True
+
+
+@contextmanager
+def full(database: Database) -> Iterator[Callable[[], None]]:
+    """A disk without room for one more page of the database; yields what makes room."""
+    pages = ["1"]  # SQLite takes the present size for anything below it
+
+    def limit(connection: Any, *_: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages[0]}")
+
+    sqlalchemy_event.listen(database._engine, "checkout", limit)
+    yield lambda: pages.__setitem__(0, "1000000")
+    sqlalchemy_event.remove(database._engine, "checkout", limit)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_full_disk_costs_no_step_and_is_told_once_there_is_room(database: Failing, job: jobs.Job) -> None:
+    told = Told(database, job)
+    told.reporter._drain()
+    with full(database) as make_room, structlog.testing.capture_logs() as logs:
+        # Enough that no free page holds it.
+        told.produce(3000)
+        while not any("takes no writes" in each["event"] for each in logs):
+            told.reporter._thread.join(0.01)
+        told.produce(3500)
+        assert stored_steps(database, job)[-1:] != [3500]
+        make_room()
+        told.reporter.close()
+    assert stored_steps(database, job) == list(range(1, 3501))
+    (event,) = outages(database, job)
+    assert "database or disk is full" in event.message
+    assert event.data is not None
+    assert event.data["seconds"] >= 0
+
+
+def test_at_its_bound_training_waits_and_both_are_told(database: Failing, job: jobs.Job) -> None:
+    told = Told(database, job, max_rows=10)
+    told.produce(5)
+    told.reporter._drain()
+    refuse(database)
+    with structlog.testing.capture_logs() as logs:
+        producer = told.in_background(100)
+        for _ in range(30):
+            assert database.refusals.acquire(timeout=SOON)
+        said = entry(logs, "training waits for the database")
+        assert producer.is_alive()
+    assert told.produced == 15
+    assert said["rows"] == 10
+    assert said["since"].startswith("20")
+    database.refuses = lambda: False
+    producer.join(SOON)
+    told.reporter.close()
+    assert stored_steps(database, job) == list(range(1, 101))
+    (event,) = outages(database, job)
+    assert event.data is not None
+    # Each refusal took the reporter 10 ms at least, and the loop waited from the first few on.
+    assert event.data["seconds"] >= event.data["waited_seconds"] > 0
+    assert event.data["rows_buffered"] == 10
+    assert f"waited for {event.data['waited_seconds']} s" in event.message
+
+
+def test_within_the_bound_training_does_not_wait(database: Failing, job: jobs.Job) -> None:
+    told = Told(database, job, max_rows=100)
+    refuse(database)
+    told.produce(100)
+    for _ in range(5):
+        assert database.refusals.acquire(timeout=SOON)
+    assert told.progress.qsize() == 101
+    database.refuses = lambda: False
+    told.reporter.close()
+    assert stored_steps(database, job) == list(range(1, 101))
+
+
+def test_waiting_for_the_database_is_no_stall(database: Failing, job: jobs.Job) -> None:
+    told = Told(database, job, max_rows=10)
+    refuse(database)
+    producer = told.in_background(11)
+    for _ in range(12):
+        told.progress.get(timeout=SOON)
+    assert told.progress.get(timeout=SOON) == (10, LIVE.step_time_ms_p50 / 1e3)
+    database.refuses = lambda: False
+    producer.join(SOON)
+    told.reporter.close()
+
+
+def test_a_second_outage_does_not_lose_the_event_of_the_first(database: Failing, job: jobs.Job) -> None:
+    told = Told(database, job)
+    answers = iter([True, True, False, True, True, False])
+    told.reporter._drain()
+    database.refuses = lambda: next(answers, False)
+    told.produce(1)
+    told.reporter.close()
+    assert stored_steps(database, job) == [1]
+    assert len(outages(database, job)) == 2
