@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--mlflow-python", type=Path, help="an interpreter that has MLflow")
     parser.add_argument("--without", nargs="*", default=[], choices=["rows", "batches"])
     parser.add_argument("--quick", action="store_true", help="few steps and repetitions: proves that it runs")
+    parser.add_argument("--add", action="store_true", help="a part of a run: keep the file's other figures")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps = [20_000]
@@ -70,7 +71,7 @@ def main() -> None:
         print("MLflow: absent; name an interpreter that has it with --mlflow-python")
     else:
         _mlflow(report, arguments.mlflow_python, quick=arguments.quick)
-    report.write(arguments.out)
+    report.write(arguments.out, add=arguments.add)
 
 
 def _batches(report: Report, kind: str, url: str, repetitions: int) -> None:

@@ -81,17 +81,29 @@ class Report:
         print(line(figure), flush=True)
         return figure
 
-    def write(self, path: Path) -> None:
-        """One JSON document, replaced as a whole."""
-        document = {
-            "format": FORMAT,
-            "benchmark": self.benchmark,
+    def write(self, path: Path, *, add: bool = False) -> None:
+        """One JSON document, replaced as a whole.
+
+        `add`: figures that the file has already, and this run did not take, stay; `parts` tells of both runs.
+        """
+        head = {
             "command": f"python -m benchmarks.{self.benchmark} {' '.join(sys.argv[1:])}".rstrip(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seconds": round(time.monotonic() - self._began),
             "machine": self.machine,
             "settings": self.settings,
-            "figures": [asdict(figure) for figure in self.figures.values()],
+        }
+        figures, parts = self.figures, [head]
+        if add and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            figures = read(path) | figures
+            earlier = before["parts"] if "parts" in before else [{name: before[name] for name in head}]
+            parts = [*earlier, head]
+        document = {
+            "format": FORMAT,
+            "benchmark": self.benchmark,
+            **(head if len(parts) == 1 else {"parts": parts}),
+            "figures": [asdict(figure) for figure in figures.values()],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")

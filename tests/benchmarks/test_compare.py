@@ -86,3 +86,19 @@ def test_a_figure_is_measured_once(tmp_path: Path) -> None:
     report.add("step", STEADY, unit="ms", better="lower")
     with pytest.raises(ValueError, match="twice"):
         report.add("step", STEADY, unit="ms", better="lower")
+
+
+def test_parts_of_a_run_come_together_in_one_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "step.json", STEADY)
+    for number in (2, 3):
+        part = Report("step", {"part": number})
+        part.add("step of one part", [float(number)], unit="ms", better="lower")
+        part.write(path, add=True)
+    assert read(path) == {
+        "step": figure(*STEADY),
+        "step of one part": Figure("step of one part", "ms", "lower", (3.0,)),
+    }
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    assert [part["settings"] for part in parts] == [{"rounds": 5}, {"part": 2}, {"part": 3}]
+    assert all(part["machine"]["device"] and part["command"] for part in parts)
+    assert read(written(path, NOISY)) == {"step": figure(*NOISY)}  # without `add` the file is replaced
