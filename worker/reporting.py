@@ -51,7 +51,7 @@ class _Outage:
     seconds: float
 
 
-MAX_BUFFERED_ROWS = 200_000  # about 40 MB; at 500 steps a second, 400 s of a database that is away
+MAX_BUFFERED_ROWS = 200_000  # about 90 MB; at 500 steps a second, 400 s of a database that is away
 MAX_BATCH_ROWS = 8_192
 RETRY_SECONDS = 1.0
 

@@ -11,13 +11,14 @@ import structlog
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session
 
-from service.errors import StoreUnavailable
+from service.errors import StaleFence, StoreUnavailable
 from service.store import events, jobs, metrics
 from service.store.database import Database
+from tests.e2e.cluster import wait_for
 from tests.store.making import LIVE, claimed, step, submitted
 from worker.reporting import Reporter
 
-SOON = 3.0
+SOON = 20.0
 
 
 class Failing(Database):
@@ -120,8 +121,7 @@ def test_a_full_disk_costs_no_step_and_is_told_once_there_is_room(database: Fail
     with full(database) as make_room, structlog.testing.capture_logs() as logs:
         # Enough that no free page holds it.
         told.produce(3000)
-        while not any("takes no writes" in each["event"] for each in logs):
-            told.reporter._thread.join(0.01)
+        wait_for("it is met", lambda: any("takes no writes" in each["event"] for each in logs), SOON)
         told.produce(3500)
         assert stored_steps(database, job)[-1:] != [3500]
         make_room()
@@ -192,3 +192,23 @@ def test_a_second_outage_does_not_lose_the_event_of_the_first(database: Failing,
     told.reporter.close()
     assert stored_steps(database, job) == [1]
     assert len(outages(database, job)) == 2
+
+
+def test_who_was_away_for_longer_than_the_lease_writes_nothing_afterwards(
+    database: Failing, job: jobs.Job
+) -> None:
+    told = Told(database, job, max_rows=10)
+    told.produce(5)
+    told.reporter._drain()
+    refuse(database)
+    told.produce(15)
+    assert database.refusals.acquire(timeout=SOON)
+    with database.begin() as session:  # the lease ran out, and another attempt has it
+        jobs.release(session, job.id, job.fence, charge_attempt=True, why="its lease ran out")
+    successor = claimed(database)
+    database.refuses = lambda: False
+    with pytest.raises(StaleFence):
+        told.reporter.close()
+    assert stored_steps(database, job) == [1, 2, 3, 4, 5]
+    assert successor.fence > job.fence
+    assert outages(database, job) == []
