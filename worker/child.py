@@ -6,12 +6,14 @@ moment leaves nobody behind. What the process does with its order is in `job`.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import IO, Literal
 
 from worker.protocol import Message, Progress, RunOrder, StopOrder, decode, encode
@@ -19,6 +21,7 @@ from worker.protocol import Message, Progress, RunOrder, StopOrder, decode, enco
 PR_SET_PDEATHSIG = 1
 PROGRESS_SECONDS = 0.2
 ORPHANED = 75
+OOM_SCORE = 500  # of 1000; its worker keeps 0
 
 
 class Control:
@@ -82,6 +85,12 @@ def _die_with_parent(parent: int) -> None:
         os._exit(ORPHANED)
 
 
+def _be_chosen_before_the_worker() -> None:
+    """Where memory runs out the kernel ends the job that took it, not the worker that would tell of it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
+
+
 def main() -> None:
     """Entry point of `python -m worker.child`; started by the worker, not by hand."""
     parser = argparse.ArgumentParser()
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true")
     arguments = parser.parse_args()
     _die_with_parent(arguments.parent)
+    _be_chosen_before_the_worker()
     # A model that reads standard input must find it empty, not eat our orders.
     orders = os.fdopen(os.dup(0), "rb")
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted, not a path

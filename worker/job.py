@@ -26,6 +26,7 @@ from worker.training import components
 from worker.training.capability import probe as probe_device
 from worker.training.checkpoint import CheckpointRef
 from worker.training.errors import TrainingFailure
+from worker.training.failures import out_of_memory
 from worker.training.loop import RunConfig, StopRequest, train
 from worker.training.warmup import take_a_step
 
@@ -131,12 +132,7 @@ def _train(config: RunConfig, reporter: Reporter, asked: Asked) -> Done:
     except Exception as error:  # noqa: BLE001 - told to the client as the job's reason, with the traceback in its log
         traceback.print_exc()
         reporter.close()
-        reason = {
-            "code": ReasonCode.COMPONENT_ERROR.value,
-            "message": f"The job's code raised {type(error).__name__}; its traceback is in the detail.",
-            "detail": traceback.format_exc()[-8000:],
-        }
-        return Done(outcome="failed", step=0, reason=reason)
+        return Done(outcome="failed", step=0, reason=_unexpected(config.spec, error))
     # Nothing is terminal before its whole record is stored.
     reporter.close()
     reach("child.before_done")
@@ -152,9 +148,25 @@ def _train(config: RunConfig, reporter: Reporter, asked: Asked) -> Done:
     return Done(outcome="failed", step=outcome.step, reason=_time_limit(config, outcome.step))
 
 
+def _unexpected(spec: JobSpec, error: Exception) -> dict[str, Any]:
+    short = out_of_memory(spec, "the job", error)
+    if short is not None:
+        return {"code": str(short.code), "message": short.message, "detail": short.detail}
+    return {
+        "code": ReasonCode.COMPONENT_ERROR.value,
+        "message": f"The job's code raised {type(error).__name__}; its traceback is in the detail. "
+        "Correct the component that it names, then retry the job; if it names none, the worker has a defect.",
+        "detail": traceback.format_exc()[-8000:],
+    }
+
+
 def _time_limit(config: RunConfig, step: int) -> dict[str, Any]:
     limit = config.spec.training.time_limit_seconds
-    message = f"The time limit of {limit} s was reached at step {step}; raise training.time_limit_seconds."
+    message = (
+        f"The time limit of {limit} s was reached at step {step}, where the job stopped with a checkpoint. "
+        "Retry it from there, which begins the time anew, or submit it with a larger "
+        "training.time_limit_seconds."
+    )
     return {"code": ReasonCode.TIME_LIMIT.value, "message": message, "detail": None}
 
 

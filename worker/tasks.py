@@ -9,13 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import structlog
 from celery import Celery
 from sqlalchemy.orm import Session
 
+from service.contract.spec import JobSpec
 from service.contract.states import JobState, ReasonCode, RequestedAction
 from service.errors import StaleFence, StoreUnavailable
 from service.faultpoints import reach
@@ -24,15 +24,17 @@ from service.settings import Settings
 from service.store import events, jobs
 from service.store.database import Database
 from service.store.workers import Capability
+from worker import memory_kills
 from worker.lease import LeaseKeeper
 from worker.process import ChildProcess
 from worker.protocol import Done, RunOrder
 from worker.slots import Slot
 from worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
+from worker.training.remedies import less_memory
 
 log = structlog.get_logger(__name__)
 
-FIXED_BY_CGROUP = Path("/sys/fs/cgroup/memory.events")
+MOST_LAST_WORDS = 8_000  # characters: a traceback or two
 
 
 class Runner:
@@ -131,7 +133,7 @@ class Runner:
 
     def _run(self, slot: Slot, job: jobs.Job) -> None:
         log.info("job claimed", name=job.name, fence=job.fence)
-        oom_kills = _oom_kills()
+        oom_kills = memory_kills.count()
         child = slot.take()
         keeper = LeaseKeeper(
             self._database,
@@ -162,7 +164,7 @@ class Runner:
                 stall_seconds=self._settings.stall_seconds,
                 on_first_step=slot.warm_up,  # the next job's process gets ready while this one trains
             )
-            self._conclude(job, ending, host_memory_killed=_oom_kills() > oom_kills)
+            self._conclude(job, ending, host_memory_killed=memory_kills.count() > oom_kills)
         finally:
             keeper.release()
             with self._lock:
@@ -213,7 +215,7 @@ class Runner:
                     type="worker",
                     level="error",
                     message=message,
-                    data={"last_words": ending.last_words[-8000:], "returncode": ending.returncode},
+                    data=_left(ending),
                     fence=job.fence,
                 )
             after = write(session)
@@ -249,7 +251,13 @@ def _conclusion(
         why: str, *, charge_attempt: bool, exhausted: ReasonCode = ReasonCode.WORKER_LOST
     ) -> Callable[[Session], jobs.Job]:
         return lambda s: jobs.release(
-            s, job.id, job.fence, charge_attempt=charge_attempt, why=why, exhausted=exhausted
+            s,
+            job.id,
+            job.fence,
+            charge_attempt=charge_attempt,
+            why=why,
+            exhausted=exhausted,
+            left=_left(ending),
         )
 
     match ending.killed_for:
@@ -265,7 +273,7 @@ def _conclusion(
             why = f"no step was finished for too long after step {ending.last_step}"
             return give_back(why, charge_attempt=True, exhausted=ReasonCode.STALLED)
     if host_memory_killed and ending.returncode == -signal.SIGKILL:
-        return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, _HOST_MEMORY)
+        return lambda s: jobs.finish(s, job.id, job.fence, JobState.FAILED, _host_memory(job, ending))
     return give_back(f"the job's process ended with {_exit_text(ending.returncode)}", charge_attempt=True)
 
 
@@ -289,28 +297,33 @@ def _said(job: jobs.Job, done: Done) -> Callable[[Session], jobs.Job]:
 
 _CANCELLED: dict[str, Any] = {
     "code": ReasonCode.CANCELLED_BY_USER.value,
-    "message": "Cancelled on request; the record and the checkpoints are kept.",
+    "message": "Cancelled on request; the record and the checkpoints are kept, and a retry can "
+    "go on from one.",
     "detail": None,
 }
-_HOST_MEMORY: dict[str, Any] = {
-    "code": ReasonCode.OUT_OF_MEMORY_HOST.value,
-    "message": "The host ran out of memory and the kernel ended the job's process; "
-    "use a smaller batch or data set, or give the worker more memory.",
-    "detail": None,
-}
+
+
+def _host_memory(job: jobs.Job, ending: Ending) -> dict[str, Any]:
+    return {
+        "code": ReasonCode.OUT_OF_MEMORY_HOST.value,
+        "message": f"The worker's host ran out of memory after step {ending.last_step}, and the kernel ended "
+        f"the job's process. {less_memory(JobSpec.model_validate(job.spec))} A smaller data set or a worker "
+        "with more memory helps as well.",
+        "detail": _left(ending),
+    }
+
+
+def _left(ending: Ending) -> dict[str, Any]:
+    """What is to be told of a process that could not tell it itself."""
+    return {
+        "step": ending.last_step,
+        "returncode": ending.returncode,
+        "last_words": ending.last_words[-MOST_LAST_WORDS:],
+    }
 
 
 def _exit_text(returncode: int) -> str:
     return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed for memory in this control group; 0 where it does not say."""
-    try:
-        lines = FIXED_BY_CGROUP.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def register(celery: Celery, runner: Runner) -> None:

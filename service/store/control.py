@@ -28,7 +28,7 @@ def request_cancel(s: Session, job_id: str, *, tenant: str | None) -> Job:
         raise Conflict(f"the job has already {job.state}; a job that has ended cannot be cancelled")
     if job.state.is_leased:
         return move(s, job, JobState.CANCELLING, why="cancel requested", requested=RequestedAction.CANCEL)
-    reason = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request before it ran further.")
+    reason = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request. A retry makes it anew.")
     return move(s, job, JobState.CANCELLED, why="cancelled on request", status_reason=reason)
 
 

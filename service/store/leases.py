@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.states import LEASED, JobState, ReasonCode, RequestedAction
+from service.errors import StaleFence
 from service.store.clock import db_now
 from service.store.records import JOB_COLUMNS, Job, job_from, lock, move, record_states, stale, status
 from service.store.tables import jobs, workers
@@ -76,17 +77,24 @@ def renew(
     """
     row = s.execute(
         update(jobs)
-        .where(
-            jobs.c.id == job_id,
-            jobs.c.fence == fence,
-            jobs.c.worker_id == worker_id,
-            jobs.c.state.in_(sorted(LEASED)),
-        )
+        .where(*_mine(job_id, fence, worker_id))
         .values(lease_until=db_now() + lease_seconds)
         .returning(jobs.c.requested)
     ).one_or_none()
     if row is None:
         raise stale(job_id, fence)
+    return None if row.requested is None else RequestedAction(row.requested)
+
+
+def requested(s: Session, job_id: str, fence: int, *, worker_id: str) -> RequestedAction | None:
+    """What a client has asked for, as `renew` returns it, without renewing: one read of one row.
+
+    Raises:
+        StaleFence: the job is held no longer under this fence by this worker.
+    """
+    row = s.execute(select(jobs.c.requested).where(*_mine(job_id, fence, worker_id))).one_or_none()
+    if row is None:
+        raise StaleFence(f"job {job_id} is no longer held under fence {fence}")
     return None if row.requested is None else RequestedAction(row.requested)
 
 
@@ -136,11 +144,13 @@ def release(
     charge_attempt: bool,
     why: str,
     exhausted: ReasonCode = ReasonCode.WORKER_LOST,
+    left: Mapping[str, Any] | None = None,
 ) -> Job:
     """Give the job back: to the queue, or where a client asked it to go.
 
     With `charge_attempt` (a crash, a lost worker, a stall) the next attempt counts, and past `max_attempts`
-    the job fails for the reason `exhausted`; without (a drain) the attempt is not charged.
+    the job fails for the reason `exhausted`; without (a drain) the attempt is not charged. `left` is what a
+    process that died left to be told, such as its last words; None where it was the worker that was lost.
 
     Raises:
         StaleFence: the job is held no longer under this fence.
@@ -150,10 +160,18 @@ def release(
         return job
     if job.fence != fence or not job.state.is_leased:
         raise stale(job_id, fence)
-    return give_back(s, job, charge_attempt=charge_attempt, why=why, exhausted=exhausted)
+    return give_back(s, job, charge_attempt=charge_attempt, why=why, exhausted=exhausted, left=left)
 
 
-def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted: ReasonCode) -> Job:
+def give_back(
+    s: Session,
+    job: Job,
+    *,
+    charge_attempt: bool,
+    why: str,
+    exhausted: ReasonCode,
+    left: Mapping[str, Any] | None = None,
+) -> Job:
     """`release` for a job whose row the caller has locked."""
     if job.state is JobState.CANCELLING:
         return move(s, job, JobState.CANCELLED, why=f"cancelled; {why}", status_reason=_CANCELLED)
@@ -165,8 +183,12 @@ def give_back(s: Session, job: Job, *, charge_attempt: bool, why: str, exhausted
             return move(s, queued, JobState.PAUSED, why="paused as was requested while it started")
         return queued
     attempts = "its only attempt" if job.max_attempts == 1 else f"each of its {job.max_attempts} attempts"
-    what, remedy = _EXHAUSTED.get(exhausted, _EXHAUSTED[ReasonCode.WORKER_LOST])
-    reason = status(exhausted, f"The job {what} in {attempts}. {remedy}", why)
+    if exhausted is ReasonCode.WORKER_LOST and left is not None:
+        what, remedy = _DIED
+    else:
+        what, remedy = _EXHAUSTED.get(exhausted, _EXHAUSTED[ReasonCode.WORKER_LOST])
+    detail = {"last": why, **(left or {})}
+    reason = status(exhausted, f"The job {what} in {attempts}. {remedy}", detail)
     return move(s, job, JobState.FAILED, why=why, status_reason=reason)
 
 
@@ -181,7 +203,22 @@ _EXHAUSTED = {
         "Look at its last events, then retry; if single steps take so long, raise HALFSTEP_STALL_SECONDS.",
     ),
 }
-_CANCELLED = status(ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request.")
+_DIED = (
+    "lost its process, at the last to its own code, a library or the host's memory,",
+    "Correct what the last words in the detail name, then retry, from a checkpoint if there is one.",
+)
+_CANCELLED = status(
+    ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request. A retry can go on from its checkpoints."
+)
+
+
+def _mine(job_id: str, fence: int, worker_id: str) -> tuple[ColumnElement[bool], ...]:
+    return (
+        jobs.c.id == job_id,
+        jobs.c.fence == fence,
+        jobs.c.worker_id == worker_id,
+        jobs.c.state.in_(sorted(LEASED)),
+    )
 
 
 def _held(s: Session, job_id: str, fence: int) -> Job:

@@ -239,9 +239,9 @@ def record_states(s: Session, job: Job, entered: Sequence[tuple[JobState, str | 
     )
 
 
-def status(code: ReasonCode, message: str, detail: str | None = None) -> dict[str, Any]:
+def status(code: ReasonCode, message: str, detail: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A status_reason document."""
-    return {"code": str(code), "message": message, "detail": detail}
+    return {"code": str(code), "message": message, "detail": None if detail is None else dict(detail)}
 
 
 def known_shape(job_id: str) -> str:

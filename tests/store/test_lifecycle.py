@@ -203,7 +203,7 @@ def test_a_drain_charges_no_attempt_and_a_crash_does(database: Database) -> None
     assert failed.status_reason is not None
     assert failed.status_reason["code"] == ReasonCode.WORKER_LOST
     assert "each of its 2 attempts" in failed.status_reason["message"]
-    assert failed.status_reason["detail"] == "exit code 1"
+    assert failed.status_reason["detail"] == {"last": "exit code 1"}
 
 
 def test_the_last_stall_fails_as_stalled(database: Database) -> None:

@@ -387,6 +387,22 @@ def test_a_resume_falls_back_to_the_checkpoint_before(tmp_path: Path, broken: in
     assert weights_sha256(recorder) == weights_sha256(whole)
 
 
+def test_memory_that_runs_out_while_loading_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole checkpoint would be dropped for it, and its steps taken again."""
+    ref = saved(tmp_path).ref
+
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", short)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            load_newest([ref], lambda damage: pytest.fail(damage.message))
+    load(ref)
+
+
 def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
     info = saved(tmp_path)
     loaded = load(info.ref)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 from worker.training.checkpoint import STATE_FILE
+from worker.training.components import InputKind, NoParameters, Task, register_model, registry
 from worker.training.loop import StopRequest
 
 EVERYTHING = {
@@ -182,6 +185,48 @@ def in_another_process(spec: Any, directory: Path, recorder: Recorder) -> tuple[
 
 def _the_rest(spec: Any, directory: Path, recorder: Recorder) -> tuple[Any, Recorder]:
     return run(spec, directory, recorder, fence=2, decisions=decisions(recorder))
+
+
+class Jittered(nn.Module):
+    """A linear layer behind noise of one global generator."""
+
+    def __init__(self, noise: Callable[[], float]) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 4)
+        self.noise = noise
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.out(features * (1.0 + self.noise()) if self.training else features)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        random.random,
+        lambda: random.gauss(0.0, 1.0),
+        lambda: float(np.random.rand()),
+        lambda: float(np.random.randn()),
+        lambda: float(torch.rand(())),
+    ],
+    ids=["python", "python's pairs", "numpy", "numpy's pairs", "torch"],
+)
+def test_the_generators_that_a_component_may_draw_from_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: Callable[[], float]
+) -> None:
+    registry.load_built_in()
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    register_model(
+        "jittered",
+        NoParameters,
+        summary="Noise.",
+        inputs=(InputKind.FEATURES,),
+        tasks=(Task.CLASSIFICATION,),
+    )(lambda _parameters, _data: Jittered(noise))
+    spec = job(model={"name": "jittered"})
+    _, whole = run(spec, tmp_path / "whole")
+    cut = in_pieces(spec, tmp_path / "cut", [3, 6], StopRequest.DRAIN)
+    assert same_numbers(cut.rows, whole.rows)
+    assert weights_sha256(cut) == weights_sha256(whole)
 
 
 def test_gpt_resumes_exactly(tmp_path: Path) -> None:

@@ -4,12 +4,20 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from service.contract.states import RequestedAction
 from service.errors import StaleFence, StoreUnavailable
+from service.store import jobs
+from service.store.database import Database
+from service.store.tables import jobs as job_rows
+from tests.e2e.cluster import wait_for
+from tests.store.making import running
 from worker.lease import LeaseKeeper
 
 SOON = 10.0
@@ -44,6 +52,7 @@ class Kept:
             heartbeat_seconds=0.02,
             on_request=self.requests.put,
             on_lost=self.lost.put,
+            look_seconds=3600.0,
         )
 
 
@@ -95,3 +104,93 @@ def test_the_deadline_is_before_the_leases_end_and_counts_from_before_the_renewa
     assert made.keeper.deadline <= sent_by + 8.0
     made.keeper._over.set()
     made.database.answers.put(None)
+
+
+def looking(database: Any, job: jobs.Job, **changes: Any) -> Kept:
+    """A keeper whose heartbeats are far apart, over a real store."""
+    made = Kept.__new__(Kept)
+    made.requests, made.lost = queue.Queue(), queue.Queue()
+    options = {"lease_seconds": 3600.0, "heartbeat_seconds": 1200.0, "look_seconds": 0.02} | changes
+    made.keeper = LeaseKeeper(
+        database,
+        job_id=job.id,
+        fence=job.fence,
+        worker_id="w1",
+        on_request=made.requests.put,
+        on_lost=made.lost.put,
+        **options,
+    )
+    return made
+
+
+def lease_until(database: Database, job: jobs.Job) -> float:
+    with database.read() as s:
+        found: float = s.execute(select(job_rows.c.lease_until).where(job_rows.c.id == job.id)).scalar_one()
+        return found
+
+
+class Watched:
+    """A database whose looks are counted; the first `refusals` of them find it away."""
+
+    def __init__(self, database: Database, refusals: int = 0) -> None:
+        self.database, self.refusals = database, refusals
+        self.looked = threading.Semaphore(0)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        self.looked.release()
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreUnavailable("away")
+        with self.database.read() as s:
+            yield s
+
+
+def test_a_request_is_seen_between_two_heartbeats_and_renews_nothing(database: Database) -> None:
+    job = running(database)
+    before = lease_until(database, job)
+    watched = Watched(database)
+    kept = looking(watched, job)
+    deadline = kept.keeper.deadline
+    database.retry(lambda s: jobs.request_pause(s, job.id, tenant=None))
+    assert kept.requests.get(timeout=SOON) is RequestedAction.PAUSE
+    while watched.looked.acquire(blocking=False):
+        pass
+    for _ in range(3):
+        assert watched.looked.acquire(timeout=SOON)
+    assert kept.requests.empty(), "it is told once"
+    database.retry(lambda s: jobs.request_cancel(s, job.id, tenant=None))
+    assert kept.requests.get(timeout=SOON) is RequestedAction.CANCEL
+    assert lease_until(database, job) == before
+    assert kept.keeper.deadline == deadline
+    kept.keeper.release()
+    assert kept.requests.empty()
+    assert kept.lost.empty()
+
+
+def test_a_look_finds_that_the_job_is_anothers(database: Database) -> None:
+    job = running(database)
+    kept = looking(database, job)
+    database.retry(lambda s: jobs.release(s, job.id, job.fence, charge_attempt=True, why="it was reaped"))
+    assert kept.lost.get(timeout=SOON)
+    kept.keeper._thread.join(SOON)
+    assert not kept.keeper._thread.is_alive()
+
+
+def test_looking_often_does_not_keep_a_heartbeat_from_coming(database: Database) -> None:
+    job = running(database)
+    before = lease_until(database, job)
+    kept = looking(database, job, heartbeat_seconds=0.1)
+    wait_for("a renewal", lambda: lease_until(database, job) > before + 3000, SOON)
+    kept.keeper.release()
+
+
+def test_a_database_that_is_away_while_looking_is_waited_for(database: Database) -> None:
+    job = running(database)
+    watched = Watched(database, refusals=3)
+    kept = looking(watched, job)
+    database.retry(lambda s: jobs.request_cancel(s, job.id, tenant=None))
+    assert kept.requests.get(timeout=SOON) is RequestedAction.CANCEL
+    assert watched.refusals == 0
+    assert kept.lost.empty()
+    kept.keeper.release()

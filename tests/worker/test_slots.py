@@ -127,6 +127,8 @@ def test_a_real_one_waits_with_torch_imported_and_ends_when_it_is_not_wanted(
     assert child.ready.result(timeout=120).versions["torch"]
     assert "libtorch_cpu" in Path(f"/proc/{child.pid}/maps").read_text()
     assert child.alive, "it waits for an order"
+    worker = int(Path("/proc/self/oom_score_adj").read_text())
+    assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) > worker, "memory's end is the job's"
     slot.close()
     assert not alive(child.pid)
 

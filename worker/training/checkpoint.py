@@ -29,6 +29,7 @@ from torch import Tensor
 
 from service.faultpoints import reach
 from worker.training.errors import StorageFailed
+from worker.training.failures import ran_out_of_host_memory
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
@@ -123,6 +124,7 @@ def save(
 
     Raises:
         StorageFailed: the disk refused; what was begun is removed.
+        RuntimeError: the host's memory ran out; what was begun is removed.
     """
     again = f"-rollback-{rollbacks}" if rollbacks else ""
     target = directory / f"fence-{fence:06d}-step-{step:010d}{again}"
@@ -156,6 +158,8 @@ def save(
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as RuntimeError, safetensors as its own error.
         shutil.rmtree(target, ignore_errors=True)
+        if ran_out_of_host_memory(error):  # no fault of the disk
+            raise
         raise StorageFailed(
             f"the checkpoint of step {step} could not be written to {directory}: {error}; free disk space "
             "there or correct its permissions",

@@ -4,6 +4,7 @@ Only code that is not ours to fix, or that ran out of something, is translated; 
 passes through untouched.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from service.contract.spec import JobSpec
 from service.contract.states import ReasonCode
 from worker.amp.errors import NonFiniteError, SetupError, StepError
 from worker.training.errors import ComponentFailed, InvalidComponent, NonFinite, OutOfMemory, TrainingFailure
+from worker.training.remedies import less_memory
 
 _HOST_ALLOCATOR = (
     "DefaultCPUAllocator",
@@ -43,14 +45,11 @@ def translated(spec: JobSpec, doing: str) -> Iterator[None]:
         ) from error
     except StepError as error:
         raise ComponentFailed(f"{doing} failed: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(spec, doing, ReasonCode.OUT_OF_MEMORY_DEVICE, "device", str(error)) from error
-    except MemoryError as error:
-        raise _out_of_memory(spec, doing, ReasonCode.OUT_OF_MEMORY_HOST, "host", str(error)) from error
     except Exception as error:
+        short = out_of_memory(spec, doing, error)
+        if short is not None:
+            raise short from error
         text = str(error)
-        if ran_out_of_host_memory(error):
-            raise _out_of_memory(spec, doing, ReasonCode.OUT_OF_MEMORY_HOST, "host", text) from error
         if isinstance(error, RuntimeError) and "deterministic" in text:
             raise ComponentFailed(
                 f"{doing} needs an operation that has no deterministic kernel: {_first_line(text)} Set "
@@ -58,38 +57,35 @@ def translated(spec: JobSpec, doing: str) -> Iterator[None]:
                 detail={"pointer": "/training/deterministic"},
             ) from error
         raise ComponentFailed(
-            f"{doing} failed in a component's own code: {type(error).__name__}: {_first_line(text)}",
-            detail={"exception": type(error).__name__},
+            f"{doing} failed in a component's own code: {type(error).__name__}: {_first_line(text)}. The "
+            "detail has where; correct the component or its parameters, then submit or retry the job",
+            detail={"exception": type(error).__name__, "traceback": traceback.format_exc()[-4000:]},
         ) from error
 
 
-def ran_out_of_host_memory(error: Exception) -> bool:
-    """True for what torch raises when the host's allocator fails, which is no MemoryError."""
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _HOST_ALLOCATOR)
-
-
-def _out_of_memory(spec: JobSpec, doing: str, code: ReasonCode, where: str, text: str) -> OutOfMemory:
+def out_of_memory(spec: JobSpec, doing: str, error: Exception) -> OutOfMemory | None:
+    """The failure to tell where memory ran out, the device's or the host's; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        code, where = ReasonCode.OUT_OF_MEMORY_DEVICE, "device"
+    elif isinstance(error, MemoryError) or ran_out_of_host_memory(error):
+        code, where = ReasonCode.OUT_OF_MEMORY_HOST, "host"
+    else:
+        return None
     training = spec.training
-    remedies = []
-    if training.batch_size > 1:
-        smaller = training.batch_size // 2
-        remedies.append(
-            f"batch_size {smaller} with gradient_accumulation_steps "
-            f"{-(-training.batch_size * training.gradient_accumulation_steps // smaller)}, which trains the "
-            "same"
-        )
-    if not spec.precision.activation_checkpointing:
-        remedies.append("precision.activation_checkpointing true")
-    remedies.append("a smaller model")
     return OutOfMemory(
-        f"{doing} ran out of memory on the {where} at batch_size {training.batch_size}. Try "
-        f"{', or '.join(remedies)}. {_first_line(text)}",
+        f"{doing} ran out of memory on the {where} at batch_size {training.batch_size}. {less_memory(spec)} "
+        f"{_first_line(str(error))}".rstrip(),
         code=code,
         detail={
             "batch_size": training.batch_size,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
         },
     )
+
+
+def ran_out_of_host_memory(error: Exception) -> bool:
+    """True for what torch raises when the host's allocator fails, which is no MemoryError."""
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _HOST_ALLOCATOR)
 
 
 def _first_line(text: str) -> str:

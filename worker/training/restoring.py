@@ -26,6 +26,7 @@ from worker.training.checkpoint import (
     sha256_of,
 )
 from worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
+from worker.training.failures import ran_out_of_host_memory
 
 MAX_MANIFEST_BYTES = 65_536
 
@@ -48,6 +49,8 @@ def load(ref: CheckpointRef) -> Payload:
     except MemoryError:
         raise
     except Exception as error:  # readers of altered files raise what they happen to stumble over
+        if ran_out_of_host_memory(error):  # says nothing of the files, which were found to be whole
+            raise
         raise _damaged(ref, f"cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise _damaged(ref, "was written by another version")
