@@ -1,5 +1,7 @@
 """From the training loop to SQL: a bounded queue, one thread, batched and fenced writes.
 
+All that waits when the thread comes by goes into one transaction, so that commits become fewer as they become
+slower.
 The loop never waits for the database until the bound is reached; then it does, so that nothing is
 dropped. It waits for as long as the lease is renewed: whoever supervises this process ends it when the lease
 cannot be. What goes wrong here is raised in the loop at its next report.
@@ -40,9 +42,17 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Transaction:
+class _Entry:
     write: Write
     then: Callable[[], object] | None = None  # after the commit
+    alone: bool = False  # no rows may come before it in its transaction
+
+
+@dataclass(frozen=True, slots=True)
+class _Transaction:
+    rows: Sequence[StepMetrics]
+    live: LiveStats | None  # of the last rows
+    entries: Sequence[_Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class _Outage:
 
 MAX_BUFFERED_ROWS = 200_000  # about 90 MB; at 500 steps a second, 400 s of a database that is away
 MAX_BATCH_ROWS = 8_192
+MAX_ENTRIES = 64  # in a transaction, beside rows: nobody else writes to SQLite meanwhile
 RETRY_SECONDS = 1.0
 
 FIRST_FENCE = 1  # of a job's first claim: nobody has written anything of its record before
@@ -84,7 +95,7 @@ class Reporter:
         self._database, self._job_id, self._fence = database, job_id, fence
         self._on_progress, self._path_of, self._max_rows = on_progress, path_of, max_rows
         self._changed = threading.Condition()
-        self._queue: deque[_Batch | _Transaction] = deque()
+        self._queue: deque[_Batch | _Entry] = deque()
         self._rows = 0
         self._writing_since: float | None = None  # when the first row of the batch under way arrived
         self._progress = (0, 0.0)
@@ -104,7 +115,7 @@ class Reporter:
             metrics.opened(session, job, fence, total_steps=total_steps)
             reach("opened.before_commit")
 
-        self._put(write)
+        self._put(write, alone=True)
         self._on_progress(*self._progress)
 
     def resumed(self, step: int) -> None:
@@ -121,7 +132,7 @@ class Reporter:
                     session, job, type="worker", level="info", message=message, data=data, fence=fence
                 )
 
-        self._put(write)
+        self._put(write, alone=True)
         if step or self._fence > FIRST_FENCE:  # a first attempt finds nothing to remove, and need not wait
             self._drain()
             reach("resume.after_commit")
@@ -214,10 +225,10 @@ class Reporter:
             self._changed.notify_all()
         self._thread.join()
 
-    def _put(self, write: Write, then: Callable[[], object] | None = None) -> None:
+    def _put(self, write: Write, then: Callable[[], object] | None = None, *, alone: bool = False) -> None:
         with self._changed:
             self._raise_failure()
-            self._queue.append(_Transaction(write, then))
+            self._queue.append(_Entry(write, then, alone))
             self._changed.notify_all()
 
     def _is_full(self, more: int) -> bool:
@@ -271,12 +282,15 @@ class Reporter:
                     self._changed.wait()
                 if not self._queue:
                     return
-                transaction, taken = self._next()
+                transaction = self._next()
                 self._busy = True
             try:
-                outage = self._store(transaction.write)
-                if transaction.then is not None:
-                    transaction.then()
+                outage = self._store(transaction)
+                if transaction.rows:
+                    reach("report.after_commit")
+                for entry in transaction.entries:
+                    if entry.then is not None:
+                        entry.then()
             except BaseException as error:  # noqa: BLE001 - raised again in the training loop
                 with self._changed:
                     self._failure = error
@@ -291,38 +305,49 @@ class Reporter:
                 if self._waits_since is not None:
                     self._waits_since = time.monotonic()
                 self._busy = False
-                self._rows -= taken
+                self._rows -= len(transaction.rows)
                 self._writing_since = None
                 self._changed.notify_all()
 
-    def _next(self) -> tuple[_Transaction, int]:
-        """The next transaction and the rows in it: consecutive batches go together up to a limit."""
-        first = self._queue.popleft()
-        if isinstance(first, _Transaction):
-            return first, 0
-        rows, live = list(first.rows), first.live
-        self._writing_since = first.arrived
-        while self._queue and isinstance(self._queue[0], _Batch):
-            if len(rows) + len(self._queue[0].rows) > MAX_BATCH_ROWS:
+    def _next(self) -> _Transaction:
+        """What waits, up to limits: a job that reports often must not pay for a commit each time."""
+        rows: list[StepMetrics] = []
+        live: LiveStats | None = None
+        entries: list[_Entry] = []
+        while self._queue and len(entries) < MAX_ENTRIES:
+            waiting = self._queue[0]
+            if isinstance(waiting, _Batch):
+                if rows and len(rows) + len(waiting.rows) > MAX_BATCH_ROWS:
+                    break
+                if not rows:
+                    self._writing_since = waiting.arrived
+                rows.extend(waiting.rows)
+                live = waiting.live
+            elif waiting.alone and (rows or entries):
                 break
-            rows.extend(self._queue[0].rows)
-            live = self._queue[0].live
+            else:
+                entries.append(waiting)
             self._queue.popleft()
-        job, fence = self._job_id, self._fence
+            if entries and entries[-1].alone:
+                break
+        return _Transaction(rows, live, entries)
 
-        def write(session: Session) -> None:
-            metrics.append(session, job, fence, rows, live)
+    def _write(self, session: Session, transaction: _Transaction) -> None:
+        """Rows first: the store knows them, and so the whole transaction, again should it be sent again."""
+        if transaction.live is not None:
+            if not metrics.append(session, self._job_id, self._fence, transaction.rows, transaction.live):
+                return  # committed before, and the answer was lost
             reach("report.before_commit")
+        for entry in transaction.entries:
+            entry.write(session)
 
-        return _Transaction(write, lambda: reach("report.after_commit")), len(rows)
-
-    def _store(self, write: Write) -> _Outage | None:
+    def _store(self, transaction: _Transaction) -> _Outage | None:
         """Write until it succeeds; the outage that was waited for, if there was one."""
         began = time.monotonic()
         error: str | None = None
         while True:
             try:
-                self._database.retry(write)
+                self._database.retry(lambda session: self._write(session, transaction))
             except StoreUnavailable as unavailable:
                 if error is None:
                     error = str(unavailable)
@@ -355,7 +380,7 @@ class Reporter:
         }
         job, fence = self._job_id, self._fence
         self._queue.appendleft(
-            _Transaction(
+            _Entry(
                 lambda s: events.append(
                     s, job, type="alert", level="warning", message=message, data=data, fence=fence
                 )

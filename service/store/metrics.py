@@ -63,11 +63,11 @@ _OWN = frozenset(
 )
 
 
-def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], live: LiveStats) -> None:
+def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], live: LiveStats) -> bool:
     """Add the next steps of a job and bring its summary up to date; the work grows with `rows` alone.
 
     A repeat of the newest batch (same fence, same first and last step) changes nothing, so a batch may be
-    sent again when the answer to its commit was lost.
+    sent again when the answer to its commit was lost. Returns whether it was new.
 
     Raises:
         StaleFence: the job is held no longer under this fence.
@@ -87,7 +87,7 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
         ).where(job_stats.c.job_id == job_id)
     ).one()
     if (stored.batch_fence, stored.batch_first_step, stored.current_step) == (fence, first, last):
-        return
+        return False
     if first != stored.current_step + 1:
         raise Conflict(
             f"the record ends at step {stored.current_step}, so a batch cannot begin at step {first}",
@@ -115,6 +115,7 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
     elif totals.last_overflow_step >= first:
         values["last_overflow"] = _unattributed(totals.last_overflow_step)
     _update(s, job_id, fence, stored.current_step, values)
+    return True
 
 
 def opened(s: Session, job_id: str, fence: int, *, total_steps: int | None) -> None:

@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session
 
+from service.contract.metrics import Evaluation
 from service.errors import StaleFence, StoreUnavailable
 from service.store import events, jobs, metrics
 from service.store.database import Database
@@ -212,3 +213,86 @@ def test_who_was_away_for_longer_than_the_lease_writes_nothing_afterwards(
     assert stored_steps(database, job) == [1, 2, 3, 4, 5]
     assert successor.fence > job.fence
     assert outages(database, job) == []
+
+
+class Counting(Failing):
+    """Counts its commits."""
+
+    commits = 0
+
+    def retry(self, fn: Callable[[Session], Any], *, seconds: float = 5.0) -> Any:
+        done = super().retry(fn, seconds=seconds)
+        self.commits += 1
+        return done
+
+
+class Forgetful(Failing):
+    """Commits, loses the answer, and is asked again."""
+
+    loses = False
+
+    def retry(self, fn: Callable[[Session], Any], *, seconds: float = 5.0) -> Any:
+        if self.loses:
+            super().retry(fn, seconds=seconds)
+        return super().retry(fn, seconds=seconds)
+
+
+def evaluation(step: int) -> Evaluation:
+    return Evaluation(step=step, split="held_out", loss=1.0 / step, metrics={}, seconds=0.1)
+
+
+def messages(database: Database, job: jobs.Job) -> list[str]:
+    with database.read() as session:
+        return [each.message for each in events.read(session, job.id, limit=1000)]
+
+
+def test_what_waits_together_is_committed_together(database_url: str) -> None:
+    database = Counting(database_url)
+    submitted(database)
+    job = claimed(database)
+    told = Told(database, job)
+    told.reporter._drain()
+    refuse(database)
+    told.reporter.event("alert", "info", "the first")
+    assert database.refusals.acquire(timeout=SOON)
+    for last in range(10, 110, 10):
+        told.produce(last)
+        told.reporter.evaluated(evaluation(last))
+        told.reporter.event("alert", "info", f"at {last}")
+    before = database.commits
+    database.refuses = lambda: False
+    told.reporter.close()
+    # The first event, the event of the outage with all that waited behind it.
+    assert database.commits == before + 2
+    assert stored_steps(database, job) == list(range(1, 101))
+    told_of = [each for each in messages(database, job) if each.startswith(("at ", "step "))]
+    assert [each.split()[1].strip(":") for each in told_of] == [
+        str(last) for last in range(10, 110, 10) for _ in range(2)
+    ]
+    database.dispose()
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(database_url: str) -> None:
+    database = Forgetful(database_url)
+    submitted(database)
+    job = claimed(database)
+    told = Told(database, job)
+    told.reporter._drain()
+    refuse(database)
+    told.produce(1)
+    assert database.refusals.acquire(timeout=SOON)
+    for last in (2, 3):
+        told.produce(last)
+        told.reporter.evaluated(evaluation(last))
+        told.reporter.event("alert", "info", f"at {last}")
+    database.loses = True
+    database.refuses = lambda: False
+    told.reporter.close()
+    assert stored_steps(database, job) == [1, 2, 3]
+    assert [each for each in messages(database, job) if each.startswith(("at ", "step "))] == [
+        "step 2: held_out loss 0.5",
+        "at 2",
+        "step 3: held_out loss 0.3333",
+        "at 3",
+    ]
+    database.dispose()
