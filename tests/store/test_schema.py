@@ -83,13 +83,42 @@ def test_a_database_without_schema_is_refused_with_the_remedy(empty_url: str) ->
     db.dispose()
 
 
-def test_a_newer_schema_is_refused(empty_url: str) -> None:
+def _number(url: str) -> int:
+    """The number of this version's newest revision."""
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+    engine.dispose()
+    return int(found.partition("_")[0])
+
+
+@pytest.mark.parametrize("since", ["", "_since_{newer:04}"])
+def test_a_newer_schema_that_says_nothing_of_this_version_is_refused(empty_url: str, since: str) -> None:
     migrate(empty_url)
+    newer = _number(empty_url) + 1
+    revision = f"{newer + 1:04}" + since.format(newer=newer)
     db = Database(empty_url)
     with db.begin() as s:
-        s.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(ConfigurationError, match=r"9999.*newer"):
+        s.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+    with pytest.raises(ConfigurationError, match=rf"{revision}, made by a newer halfstep"):
         check_current(db)
+    with pytest.raises(ConfigurationError, match=rf"{revision}, made by a newer halfstep"):
+        migrate(empty_url)
+    db.dispose()
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_newer_schema_since_one_that_is_known_is_run_on_and_left_alone(empty_url: str, behind: int) -> None:
+    migrate(empty_url)
+    number = _number(empty_url)
+    revision = f"{number + 2:04}_since_{number - behind:04}"
+    db = Database(empty_url)
+    with db.begin() as s:
+        s.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+    check_current(db)
+    migrate(empty_url)
+    with db.read() as s:
+        assert s.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == revision
     db.dispose()
 
 
