@@ -1,8 +1,8 @@
 """Bringing a database to this version's schema, and refusing to run on one that this version does not know.
 
-The steps themselves are in `migrations/versions`. A revision `0008_since_0006` says that what knows the schema
-0006 runs on it too: it only adds what those versions never name. The database thus tells an older version
-that it may stay while a newer one takes over.
+The steps themselves are in `migrations/versions`. A revision `0008_since_0006` says that what knows 0006 runs
+on it too: it only adds what those versions never name. The database thus tells an older version that it may
+stay while a newer one takes over.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def check_current(db: Database) -> None:
 
 
 def _is_later(found: str | None) -> bool:
-    """Whether a later version made the schema `found`; raises ConfigurationError if this one cannot use it."""
+    """Whether a later version made the schema `found`; a ConfigurationError if this one cannot use it."""
     known = {each.revision for each in ScriptDirectory.from_config(_config()).walk_revisions()}
     if found is None or found in known:
         return False
