@@ -13,7 +13,7 @@ BENCHMARKS := accuracy overhead record latency
 # Two at a time: most of what a test waits for are other processes.
 TEST_WORKERS ?= 2
 
-.PHONY: help install demo test lint bench bench-compare faults soak faults-selftest gpu clean
+.PHONY: help install demo test lint bench bench-compare faults faults-points faults-selftest soak gpu clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench-compare: $(STAMP) ## What got slower: OLD=… NEW=…, two result files or
 
 faults: $(STAMP) ## The fault suite's release form; FAULTS_ARGS=… (--jobs, --faults, --seed, --database)
 	$(BIN)/python -m tests.faults.run --jobs 1000 --faults 300 $(FAULTS_ARGS)
+
+faults-points: $(STAMP) ## Kill a process at each named crash point, once and twice in a row; FAULTS_ARGS=… (--database)
+	$(BIN)/python -m tests.faults.points $(FAULTS_ARGS)
 
 soak: $(STAMP) ## The fault suite for hours
 	$(BIN)/python -m tests.faults.run --jobs 5000 --faults 1500 $(FAULTS_ARGS)

@@ -8,33 +8,50 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from celery import Celery
 from sqlalchemy.orm import Session
 
+from service.contract.states import JobState
 from service.queue import RUN_JOB, make_celery
 from service.store import jobs
 from tests.e2e.cluster import ROOT, children_of
 from tests.faults.client import Client
 from tests.faults.installation import LEASE_SECONDS, Installation
+from tests.faults.kinds import POINTS
 from tests.faults.variants import SAVE_EVERY
 
+MOST_FROZEN_SECONDS = 10.0 * LEASE_SECONDS  # where every other worker is busy with a long job
+ZOMBIE_SECONDS = 0.3  # a job's process that woke before its worker, which ends it, has to write
+
 CLOCK = Path(__file__).parent / "clock"  # its sitecustomize shifts the clock
+
+POWER_LOSS = "power-loss"  # a point of the suite's own, which `powerloss` reaches
+Damage = Callable[[Path, Path, random.Random], None]  # a file, the same of an older checkpoint, the choice
 
 
 @dataclass(slots=True)
 class Fault:
-    """One injected fault. `job_id` and `fence` are of the job that it hit, if it hit one."""
+    """One injected fault. `job_id` and `fence` are of the job that it hit, if it hit one.
+
+    `point` is the fault point that it armed: it has hit once a process came by. `drained` is how many seconds
+    a worker took to be gone after SIGTERM.
+    """
 
     kind: str
     at: float
     hit: bool = False
     job_id: str | None = None
     fence: int | None = None
+    point: str | None = None
+    drained: float | None = None
+    took: float = 0.0  # seconds until the injector was free again
 
 
 class Injector:
@@ -48,7 +65,9 @@ class Injector:
     def inject(self, kind: str) -> Fault:
         fault = Fault(kind, time.time())
         self.faults.append(fault)
-        KINDS[kind](self, fault)
+        began = time.monotonic()
+        getattr(self, kind.replace(" ", "_"))(fault)
+        fault.took = time.monotonic() - began
         return fault
 
     def victim(self, fault: Fault) -> str | None:
@@ -67,6 +86,13 @@ class Injector:
                 return worker
             time.sleep(0.05)
         return None
+
+    def judge_armed(self) -> None:
+        """Say of each fault that armed a point whether a process came by."""
+        for met in self.installation.hits():
+            armed = [f for f in self.faults if f.point == met["point"] and f.at <= met["at"]]
+            if armed:
+                armed[-1].hit = True
 
     def somebody_runs(self, fault: Fault) -> None:
         fault.hit = bool(self.installation.holders())
@@ -94,35 +120,65 @@ class Injector:
     def drain_worker(self, fault: Fault) -> None:
         worker = self.victim(fault)
         if worker is not None:
+            process = self.installation.cluster.processes[worker]
             self.installation.kill(worker, signal.SIGTERM)
+
+            def wait() -> None:
+                process.wait()
+                fault.drained = time.time() - fault.at
+
+            threading.Thread(target=wait, name="drained", daemon=True).start()
 
     def freeze_worker(self, fault: Fault) -> None:
         """Its job's process trains on, and does not learn that the job belongs to another."""
         worker = self.victim(fault)
         if worker is not None:
-            self._freeze([self.installation.pid(worker)])
+            self._freeze(self.installation.pid(worker), [], fault)
 
     def freeze_worker_and_child(self, fault: Fault) -> None:
         worker = self.victim(fault)
         if worker is not None:
             pid = self.installation.pid(worker)
-            self._freeze([pid, *children_of(pid)])
+            self._freeze(pid, children_of(pid), fault)
 
-    def _freeze(self, pids: list[int]) -> None:
-        for pid in pids:
+    def _freeze(self, worker: int, children: list[int], fault: Fault) -> None:
+        """Until another holds the job, and in half of all cases longer.
+
+        The moment after a claim tells most: the new attempt has not yet cut the record back, so that nothing
+        but the fence refuses what the old one adds.
+        """
+        longer = self.draw.choice((0.0, self.draw.uniform(0.0, 2.0 * LEASE_SECONDS)))
+        for pid in (worker, *children):
             _signal(pid, signal.SIGSTOP)
-        time.sleep(LEASE_SECONDS * self.draw.uniform(2.0, 4.0))
-        for pid in reversed(pids):  # the job's process wakes first, and writes before it can be told
+        deadline = time.monotonic() + MOST_FROZEN_SECONDS
+        while not self._moved_on(fault) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(longer)
+        for pid in children:
             _signal(pid, signal.SIGCONT)
+        if children:
+            time.sleep(ZOMBIE_SECONDS)
+        _signal(worker, signal.SIGCONT)
+
+    def _moved_on(self, fault: Fault) -> bool:
+        """Another attempt has claimed the job, or none will."""
+        if fault.job_id is None or fault.fence is None:
+            return True
+        job = self.installation.look(partial(jobs.get, job_id=fault.job_id, tenant=None))
+        return job.fence > fault.fence or job.state.is_terminal or job.state is JobState.PAUSED
 
     def kill_api(self, fault: Fault) -> None:
         self.somebody_runs(fault)
         self.installation.kill("api")
 
-    def kill_api_in_a_submission(self, fault: Fault) -> None:
-        point = self.draw.choice(("submit.before_commit", "submit.after_commit", "submit.after_enqueue"))
-        self.installation.arm(point, times=self.draw.randint(1, 2))
-        self.somebody_runs(fault)
+    def kill_api_before_a_commit(self, fault: Fault) -> None:
+        self._arm(fault, "submit.before_commit", times=self.draw.randint(1, 2))
+
+    def kill_api_after_a_commit(self, fault: Fault) -> None:
+        self._arm(fault, "submit.after_commit", times=self.draw.randint(1, 2))
+
+    def kill_api_after_a_wake_up(self, fault: Fault) -> None:
+        self._arm(fault, "submit.after_enqueue", times=self.draw.randint(1, 2))
 
     def kill_dispatcher(self, fault: Fault) -> None:
         self.somebody_runs(fault)
@@ -140,6 +196,9 @@ class Injector:
 
     def redis_away(self, fault: Fault) -> None:
         self._proxied(fault, "refuse", redis=True)
+
+    def redis_away_for_a_minute(self, fault: Fault) -> None:
+        self._proxied(fault, "refuse", redis=True, seconds=60.0)
 
     def redis_silent(self, fault: Fault) -> None:
         self._proxied(fault, "silent", redis=True)
@@ -165,7 +224,7 @@ class Injector:
             time.sleep(self.draw.uniform(0.0, 1.5))
             self.installation.postgres.start()
 
-    def _proxied(self, fault: Fault, mode: str, *, redis: bool) -> None:
+    def _proxied(self, fault: Fault, mode: str, *, redis: bool, seconds: float | None = None) -> None:
         self.somebody_runs(fault)
         proxy = self.installation.redis_proxy if redis else self.installation.postgres_proxy
         if proxy is None:
@@ -173,26 +232,35 @@ class Injector:
         proxy.mode = mode
         if mode == "refuse":
             proxy.cut()
-        time.sleep(self.draw.uniform(0.5, 4.0))
+        time.sleep(self.draw.uniform(0.5, 4.0) if seconds is None else seconds)
         proxy.mode = "pass"
 
-    def strange_messages(self, fault: Fault) -> None:
-        """Wake-ups for jobs that run, that ended and that never were, and what is no message at all."""
+    def duplicate_messages(self, fault: Fault) -> None:
+        """Wake-ups for jobs that wait, run or pause, each more than once."""
         self.somebody_runs(fault)
-        broker = f"redis://127.0.0.1:{self.installation.redis.port}/0"
-        known = [job.id for job in self.installation.look(_newest)]
-        celery = make_celery(broker, publisher=True)
-        for argument in (
-            *known[:3] * 2,
-            "no-such-job",
-            None,
-            7,
-            {"a": [1]},
-        ):
-            celery.send_task(RUN_JOB, args=[argument], queue="halfstep", retry=False)
-        celery.send_task(RUN_JOB, args=[], kwargs={"other": True}, queue="halfstep", retry=False)
-        celery.send_task("another.task", args=[], queue="halfstep", retry=False)
-        celery.close()
+        self._send([job.id for job in self.installation.look(_newest) if not job.state.is_terminal] * 2)
+
+    def stale_messages(self, fault: Fault) -> None:
+        """Wake-ups for jobs that have ended, and for one that never was."""
+        self.somebody_runs(fault)
+        ended = [job.id for job in self.installation.look(_newest) if job.state.is_terminal]
+        self._send([*ended[:5], "00000000-0000-0000-0000-000000000000"])
+
+    def strange_messages(self, fault: Fault) -> None:
+        """Tasks whose arguments are no job's id, and one of another name."""
+        self.somebody_runs(fault)
+        self._send(["no-such-job", None, 7, {"a": [1]}])
+        with self._celery() as celery:
+            celery.send_task(RUN_JOB, args=[], kwargs={"other": True}, queue="halfstep", retry=False)
+            celery.send_task("another.task", args=[], queue="halfstep", retry=False)
+
+    def _send(self, arguments: Sequence[object]) -> None:
+        with self._celery() as celery:
+            for argument in arguments:
+                celery.send_task(RUN_JOB, args=[argument], queue="halfstep", retry=False)
+
+    def _celery(self) -> Celery:
+        return make_celery(f"redis://127.0.0.1:{self.installation.redis.port}/0", publisher=True)
 
     def garbage_on_the_queue(self, fault: Fault) -> None:
         self.somebody_runs(fault)
@@ -205,75 +273,139 @@ class Injector:
             self.installation.redis.client.lpush("halfstep", garbage)
 
     def disk_full(self, fault: Fault) -> None:
-        self.installation.arm("checkpoint.after_write", "no-space", times=self.draw.randint(1, 3))
-        self.somebody_runs(fault)
+        self._arm(fault, "checkpoint.after_write", "no-space", times=self.draw.randint(1, 3))
 
     def disk_error(self, fault: Fault) -> None:
-        self.installation.arm(
-            self.draw.choice(("checkpoint.after_fsync", "checkpoint.after_rename")), "io-error"
-        )
-        self.somebody_runs(fault)
+        point = self.draw.choice(("checkpoint.after_fsync", "checkpoint.after_rename"))
+        self._arm(fault, point, "io-error")
 
-    def damage_a_checkpoint(self, fault: Fault) -> None:
-        """Of a job that trains, then its process is killed, so that it must be read again."""
+    def truncate_a_checkpoint(self, fault: Fault) -> None:
+        self._damage(fault, _truncate)
+
+    def flip_a_bit_of_a_checkpoint(self, fault: Fault) -> None:
+        self._damage(fault, _flip)
+
+    def swap_a_checkpoint(self, fault: Fault) -> None:
+        self._damage(fault, _swap)
+
+    def _damage(self, fault: Fault, damage: Damage) -> None:
+        """Of a job that trains, the newest; then its process is killed, so that it must be read again."""
         worker = self.victim(fault)
-        if worker is None or fault.job_id is None:
+        fault.hit = False
+        child = None if worker is None else self.installation.child(worker)
+        if worker is None or child is None or fault.job_id is None:
             return
         deadline = time.monotonic() + 2.0
-        kept: list[jobs.Checkpoint] = []
-        while time.monotonic() < deadline and not (kept and kept[0].step >= 3 * SAVE_EVERY):
-            kept = self.installation.look(partial(jobs.checkpoints, job_id=fault.job_id))
-            time.sleep(0.05)
-        # Damage is survived where there is an older one to go back to.
-        if kept and kept[0].step >= 3 * SAVE_EVERY:
-            folder = self.installation.data_dir / kept[0].path
-            other = self.installation.data_dir / kept[-1].path
-            _damage(folder, other, self.draw)
-        self.kill_child_of(worker, fault)
-
-    def kill_child_of(self, worker: str, fault: Fault) -> None:
-        child = self.installation.child(worker)
-        fault.hit = child is not None
-        if child is not None:
+        while time.monotonic() < deadline and not self._going_back_is_possible(fault.job_id):
+            time.sleep(0.02)
+        # It must not save another one meanwhile: the newest is what it goes on from.
+        _signal(child, signal.SIGSTOP)
+        held = self.installation.holders().get(worker, ("", "", 0))
+        if held == (fault.job_id, "running", fault.fence) and self._going_back_is_possible(fault.job_id):
+            kept = self._kept(fault.job_id)
+            newest, oldest = (self.installation.data_dir / each.path for each in (kept[0], kept[-1]))
+            name = self.draw.choice(("model.safetensors", "state.pt", "manifest.json"))
+            damage(newest / name, oldest / name, self.draw)
+            fault.hit, fault.at = True, time.time()
             _signal(child, signal.SIGKILL)
+        else:
+            _signal(child, signal.SIGCONT)
+
+    def _going_back_is_possible(self, job_id: str) -> bool:
+        """Damage is survived where there is an older checkpoint."""
+        kept = self._kept(job_id)
+        return bool(kept) and kept[0].step >= 3 * SAVE_EVERY
+
+    def _kept(self, job_id: str) -> list[jobs.Checkpoint]:
+        return self.installation.look(partial(jobs.checkpoints, job_id=job_id))
 
     def power_loss(self, fault: Fault) -> None:
         """All that a job's process never fsynced is gone with it."""
-        if self.victim(fault) is not None:
-            (self.installation.points / "power-loss").touch()
+        self._arm(fault, POWER_LOSS)
 
     def hung_step(self, fault: Fault) -> None:
-        self.installation.arm("child.step", "hang", skip=self.draw.randrange(40))
-        self.somebody_runs(fault)
+        self._arm(fault, "child.step", "hang", skip=self.draw.randrange(40))
 
     def crash_point(self, fault: Fault) -> None:
-        self.installation.arm(
-            self.draw.choice(POINTS), times=self.draw.randint(1, 2), skip=self.draw.randrange(4)
-        )
-        self.somebody_runs(fault)
+        point = self.draw.choice(POINTS)
+        self._arm(fault, point, times=self.draw.randint(1, 2), skip=self.draw.randrange(4))
 
-    def worker_on_another_clock(self, fault: Fault) -> None:
-        """A worker starts again an hour early or late; leases go by the database's clock."""
+    def _arm(self, fault: Fault, point: str, action: str = "kill", *, skip: int = 0, times: int = 1) -> None:
+        fault.point = point
+        self.installation.arm(point, action, skip=skip, times=times)
+
+    def clock_an_hour_ahead(self, fault: Fault) -> None:
+        self._restart_at(fault, 3600)
+
+    def clock_an_hour_behind(self, fault: Fault) -> None:
+        self._restart_at(fault, -3600)
+
+    def _restart_at(self, fault: Fault, shift: int) -> None:
+        """A worker starts again on a host whose clock is wrong; leases go by the database's."""
         worker = self.victim(fault)
         if worker is not None:
-            shift = self.draw.choice(("3600", "-3600"))
             path = f"{CLOCK}{os.pathsep}{ROOT}"
-            self.installation.restart_under(worker, {"PYTHONPATH": path, "HALFSTEP_TEST_CLOCK_SHIFT": shift})
+            environment = {"PYTHONPATH": path, "HALFSTEP_TEST_CLOCK_SHIFT": str(shift)}
+            self.installation.restart_under(worker, environment)
 
-    def cancel(self, fault: Fault) -> None:
-        job_id = self._open_job()
-        if job_id is not None:
-            fault.hit, fault.job_id = True, job_id
-            self.client.ask("POST", f"/jobs/{job_id}/cancel", job_id=job_id)
+    def cancel_what_is_queued(self, fault: Fault) -> None:
+        self._cancel(fault, self._find(JobState.QUEUED))
+
+    def cancel_what_starts(self, fault: Fault) -> None:
+        self._cancel(fault, self._find(JobState.STARTING))
+
+    def cancel_what_runs(self, fault: Fault) -> None:
+        self._cancel(fault, self._find(JobState.RUNNING))
+
+    def cancel_twice(self, fault: Fault) -> None:
+        job_id = self._find(JobState.RUNNING)
+        self._cancel(fault, job_id)
+        self._cancel(fault, job_id)
+
+    def cancel_what_pauses(self, fault: Fault) -> None:
+        job_id = self._pause()
+        self._cancel(fault, job_id if self._state(job_id) is JobState.PAUSING else None)
+
+    def cancel_what_is_paused(self, fault: Fault) -> None:
+        job_id = self._pause()
+        deadline = time.monotonic() + 5.0
+        while self._state(job_id) is JobState.PAUSING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._cancel(fault, job_id if self._state(job_id) is JobState.PAUSED else None)
 
     def pause_and_resume(self, fault: Fault) -> None:
-        job_id = self._open_job()
+        fault.job_id = self._pause()
+        fault.hit = fault.job_id is not None
+
+    def _pause(self) -> str | None:
+        """Ask a job that runs to pause; whoever waits for the end resumes it where it is still paused."""
+        job_id = self._find(JobState.RUNNING)
         if job_id is None:
-            return
-        fault.job_id = job_id
-        status, _ = self.client.ask("POST", f"/jobs/{job_id}/pause", job_id=job_id)
-        fault.hit = status == 200
+            return None
         self.to_resume.add(job_id)
+        status, _ = self.client.ask("POST", f"/jobs/{job_id}/pause", job_id=job_id)
+        return job_id if status == 200 else None
+
+    def _cancel(self, fault: Fault, job_id: str | None) -> None:
+        if job_id is not None:
+            fault.job_id = job_id
+            status, _ = self.client.ask("POST", f"/jobs/{job_id}/cancel", job_id=job_id)
+            fault.hit = fault.hit or status == 200
+
+    def _find(self, state: JobState) -> str | None:
+        """A job in this state; waited for a little."""
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline:
+            found = [job.id for job in self.installation.look(_newest) if job.state is state]
+            if found:
+                return self.draw.choice(found)
+            time.sleep(0.01)
+        return None
+
+    def _state(self, job_id: str | None) -> JobState | None:
+        if job_id is None:
+            return None
+        return self.installation.look(partial(jobs.get, job_id=job_id, tenant=None)).state
 
     def resume_paused(self) -> None:
         for job_id in list(self.to_resume):
@@ -283,126 +415,25 @@ class Injector:
             elif state == "paused":
                 self.client.ask("POST", f"/jobs/{job_id}/resume", job_id=job_id)
 
-    def _open_job(self) -> str | None:
-        found = [job.id for job in self.installation.look(_newest) if not job.state.is_terminal]
-        return self.draw.choice(found) if found else None
-
 
 def _newest(s: Session) -> list[jobs.Job]:
     return jobs.list_jobs(s, tenant=None, limit=100)
 
 
-def _damage(folder: Path, other: Path, draw: random.Random) -> None:
-    """Truncate, flip one bit, or swap in another checkpoint's file; the job may remove it meanwhile."""
-    name = draw.choice(("model.safetensors", "state.pt", "manifest.json"))
-    try:
-        data = bytearray((folder / name).read_bytes())
-        match draw.randrange(3):
-            case 0:
-                del data[draw.randrange(len(data)) :]
-            case 1:
-                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-            case _:
-                shutil.copy(other / name, folder / name)
-                return
-        (folder / name).write_bytes(data)
-    except OSError:
-        pass
+def _truncate(file: Path, _: Path, draw: random.Random) -> None:
+    os.truncate(file, draw.randrange(file.stat().st_size))
+
+
+def _flip(file: Path, _: Path, draw: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+
+
+def _swap(file: Path, older: Path, _: random.Random) -> None:
+    shutil.copy(older, file)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-# Every point that product code reaches; `test_points` holds that the list is complete.
-POINTS = (
-    "submit.before_commit",
-    "submit.after_commit",
-    "submit.after_enqueue",
-    "dispatch.after_send",
-    "reap.before_commit",
-    "claim.before_commit",
-    "claim.after_commit",
-    "order.before",
-    "order.after",
-    "child.ordered",
-    "opened.before_commit",
-    "resume.before_commit",
-    "resume.after_commit",
-    "child.step",
-    "report.before_commit",
-    "report.after_commit",
-    "checkpoint.after_write",
-    "checkpoint.after_fsync",
-    "checkpoint.after_rename",
-    "checkpoint.before_manifest",
-    "checkpoint.after_manifest",
-    "checkpoint.before_reference",
-    "checkpoint.after_reference",
-    "checkpoint.before_removal",
-    "child.before_done",
-    "conclude.before",
-    "conclude.before_commit",
-    "conclude.after_commit",
-    "drain.asked",
-)
-
-KINDS: dict[str, Callable[[Injector, Fault], None]] = {
-    name.replace("_", " "): getattr(Injector, name)
-    for name in (
-        "kill_worker",
-        "kill_child",
-        "term_then_kill_worker",
-        "drain_worker",
-        "freeze_worker",
-        "freeze_worker_and_child",
-        "kill_api",
-        "kill_api_in_a_submission",
-        "kill_dispatcher",
-        "flush_redis",
-        "restart_redis",
-        "redis_away",
-        "redis_silent",
-        "redis_slow",
-        "postgres_silent",
-        "postgres_slow",
-        "postgres_cut",
-        "postgres_crash",
-        "strange_messages",
-        "garbage_on_the_queue",
-        "disk_full",
-        "disk_error",
-        "damage_a_checkpoint",
-        "power_loss",
-        "hung_step",
-        "crash_point",
-        "worker_on_another_clock",
-        "cancel",
-        "pause_and_resume",
-    )
-}
-# Those that end a job's process or take it from its worker: recovery is measured after these.
-KILLS = {
-    "kill worker",
-    "kill child",
-    "term then kill worker",
-    "drain worker",
-    "freeze worker",
-    "freeze worker and child",
-    "damage a checkpoint",
-    "power loss",
-    "worker on another clock",
-}
-
-
-def schedule(count: int, kind: str, draw: random.Random) -> list[str]:
-    """`count` faults for this kind of database: half of them kills of what trains, the rest each in turn."""
-    possible = [name for name in KINDS if kind == "postgresql" or not name.startswith("postgres")]
-    kills = ["kill worker", "kill child", "freeze worker"]
-    drawn: list[str] = []
-    while len(drawn) < count:
-        drawn += [*draw.sample(possible, len(possible)), *kills * (len(possible) // 4)]
-    drawn = drawn[:count]
-    draw.shuffle(drawn)
-    return drawn

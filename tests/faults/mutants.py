@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +43,14 @@ MUTANTS = (
                 "jobs.c.id == job_id, jobs.c.state.in_(sorted(states))",
             ),
         ),
-        ("freeze worker",),
+        ("freeze worker and child",),
         ("nothing is written under an old fence",),
     ),
     Mutant(
         "drop the metric key",
         (
             ("service/store/metrics.py", "    if first != stored.current_step + 1:", "    if False:"),
-            ("service/store/metrics.py", "    if stored.current_step <= step:", "    if True:"),
+            ("service/store/metrics.py", "    if seen <= step:", "    if True:"),
         ),
         ("kill child",),
         ("steps are each there once", "outcomes are those of the undisturbed run", "acknowledged jobs end"),
@@ -61,10 +63,10 @@ MUTANTS = (
             (
                 "service/store/leases.py",
                 "        .where(jobs.c.id == best, jobs.c.state == JobState.QUEUED)",
-                "        .where(jobs.c.id == (hint if len(hint or '') == 36 else best))",
+                "        .where(jobs.c.id == best if hint is None else jobs.c.id == hint)",
             ),
         ),
-        ("strange messages", "freeze worker"),
+        ("duplicate messages", "freeze worker"),
         ("never two live leases", "states move along edges", "fences only rise"),
     ),
     Mutant(
@@ -90,11 +92,11 @@ MUTANTS = (
         (
             (
                 "worker/training/run.py",
-                "        keep = self._spec.training.keep_checkpoints",
-                "        keep = 1",
+                "known, training.keep_checkpoints, best=training.keep_best_checkpoint",
+                "known, 1, best=training.keep_best_checkpoint",
             ),
         ),
-        ("damage a checkpoint",),
+        ("truncate a checkpoint",),
         ("past its first a checkpoint loads",),
         number=8,
     ),
@@ -113,21 +115,32 @@ MUTANTS = (
 )
 
 
-def tried(mutant: Mutant | None, faults: tuple[str, ...], *, count: int, number: int, seed: int) -> set[str]:
-    """The invariants that a run on the mutated tree (None: as it is) finds broken."""
+def patched(mutant: Mutant, tree: Path) -> dict[Path, str]:
+    """The files that a mutant changes below `tree`, with their new texts.
+
+    Raises:
+        LookupError: the old text is not there exactly once: the mutant needs a look.
+    """
+    texts: dict[Path, str] = {}
+    for file, old, new in mutant.patches:
+        text = texts.get(tree / file) or (tree / file).read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise LookupError(f"{mutant.name}: {file} has {text.count(old)} times {old!r}")
+        texts[tree / file] = text.replace(old, new)
+    return texts
+
+
+def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: int, seed: int) -> list[str]:
+    """Which invariants a run on the mutated tree (None: as it is) finds broken, sorted."""
     with tempfile.TemporaryDirectory(prefix="halfstep-mutant-") as name:
         tree = Path(name)
+        tree.chmod(0o711)  # the run's folders go below it, and PostgreSQL may run as another user
         for each in CARRIED:
             source = ROOT / each
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, tree / each)
-        for file, old, new in mutant.patches if mutant is not None else ():
-            text = (tree / file).read_text(encoding="utf-8")
-            if text.count(old) != 1:
-                raise LookupError(
-                    f"{mutant.name if mutant else ''}: {file} has {text.count(old)} times {old!r}"
-                )
-            (tree / file).write_text(text.replace(old, new), encoding="utf-8")
+        for file, text in patched(mutant, tree).items() if mutant is not None else ():
+            file.write_text(text, encoding="utf-8")
         only = [argument for fault in faults for argument in ("--only", fault)]
         done = subprocess.run(
             [
@@ -137,7 +150,7 @@ def tried(mutant: Mutant | None, faults: tuple[str, ...], *, count: int, number:
                 *only,
             ],
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree)},
+            env={**os.environ, "PYTHONPATH": str(tree), "TMPDIR": name},
             capture_output=True,
             text=True,
             check=False,
@@ -147,27 +160,40 @@ def tried(mutant: Mutant | None, faults: tuple[str, ...], *, count: int, number:
             result = json.loads((tree / "result.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RuntimeError(f"the run itself failed: {done.stdout[-2000:]}{done.stderr[-4000:]}") from None
-        return {violation["invariant"] for violation in result["violations"]}
+        return sorted({violation["invariant"] for violation in result["violations"]})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.mutants")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--only", help="mutants whose name contains this")
+    parser.add_argument(
+        "--only", action="append", default=[], help="mutants whose name contains this; may repeat"
+    )
     arguments = parser.parse_args()
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if not arguments.only or any(part in mutant.name for part in arguments.only)
+    ]
     failed = 0
-    for mutant in MUTANTS:
-        if arguments.only and arguments.only not in mutant.name:
-            continue
-        run = {"count": mutant.count, "number": mutant.number, "seed": arguments.seed}
-        found = tried(mutant, mutant.faults, **run)
-        red = sorted(found & set(mutant.red))
-        failed += not red
-        print(
-            f"{mutant.name:<60} {'red: ' + ', '.join(red) if red else 'GREEN, found ' + str(found)}",
-            flush=True,
-        )
+    # All of their faults at once, on the tree as it is: what is red below is red for the break alone.
+    faults = sorted({fault for mutant in chosen for fault in mutant.faults})
+    began = time.monotonic()
+    found = tried(None, faults, count=12, number=3 * len(faults), seed=arguments.seed)
+    failed += bool(found)
+    _tell("as it is", faults, f"RED: {', '.join(found)}" if found else "green", began)
+    for mutant in chosen:
+        began = time.monotonic()
+        found = tried(mutant, mutant.faults, count=mutant.count, number=mutant.number, seed=arguments.seed)
+        noticed = bool(set(found) & set(mutant.red))
+        failed += not noticed
+        wanted = "" if noticed else f"GREEN for {' and for '.join(mutant.red)}; "
+        _tell(mutant.name, mutant.faults, wanted + ("red: " + ", ".join(found) if found else "none"), began)
     return 1 if failed else 0
+
+
+def _tell(name: str, faults: Sequence[str], found: str, began: float) -> None:
+    print(f"{name} | {', '.join(faults)} | {found} | {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

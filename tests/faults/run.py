@@ -26,8 +26,9 @@ from service.store import jobs
 from tests.faults import audit
 from tests.faults.checker import Evidence, Reference, Violation, check
 from tests.faults.client import Client
-from tests.faults.injections import KILLS, Fault, Injector, schedule
+from tests.faults.injections import Fault, Injector
 from tests.faults.installation import Installation
+from tests.faults.kinds import DRAIN, KILLS, schedule
 from tests.faults.variants import HOPELESS, USUAL, VARIANTS
 
 
@@ -47,10 +48,10 @@ class Result:
     references: int  # jobs that only served as the undisturbed run
 
     def recoveries(self) -> dict[str, list[float]]:
-        """Seconds from each kill that hit to the job's next step under a new fence, or to its end."""
+        """Seconds from each kill or drain that hit to the job's next step under a new fence, or its end."""
         found: dict[str, list[float]] = defaultdict(list)
         for fault in self.faults:
-            if fault.hit and fault.kind in KILLS and fault.fence is not None:
+            if fault.hit and fault.kind in {*KILLS, DRAIN} and fault.fence is not None:
                 after = [
                     change.at - fault.at
                     for change in self.evidence.changes
@@ -71,9 +72,21 @@ class Result:
         needed = sum(len(job.columns["step"]) for job in self.evidence.jobs.values())
         return (taken - needed) / max(1, needed)
 
+    def must_fail(self) -> dict[str, tuple[int, int]]:
+        """Of each variant that must fail: how many jobs there were, and how many failed for its reason."""
+        found: dict[str, tuple[int, int]] = {}
+        for job in self.evidence.jobs.values():
+            code = VARIANTS[job.variant].code
+            if code is not None:
+                jobs_seen, as_wanted = found.get(job.variant, (0, 0))
+                found[job.variant] = jobs_seen + 1, as_wanted + (job.code == code)
+        return found
+
     def summary(self) -> dict[str, Any]:
+        """The figures, as `--json` writes them; README's and the table's names are these."""
         recoveries = self.recoveries()
-        every = [seconds for each in recoveries.values() for seconds in each]
+        every = [seconds for kind, each in recoveries.items() if kind in KILLS for seconds in each]
+        drained = [fault.drained for fault in self.faults if fault.drained is not None]
         kinds = Counter(fault.kind for fault in self.faults)
         hit = Counter(fault.kind for fault in self.faults if fault.hit)
         return {
@@ -87,17 +100,22 @@ class Result:
             "kills_that_hit": sum(count for kind, count in hit.items() if kind in KILLS),
             "crash_points_reached": self.points_hit,
             "processes_restarted": self.restarts,
-            "recovery_seconds": {"p50": _quantile(every, 0.5), "p99": _quantile(every, 0.99)},
+            "recovery_seconds": _quantiles(every),
+            "drain_seconds": _quantiles(drained),
             "wasted_steps": round(self.wasted(), 4),
             "refused_writes": self.refused_writes,
             "by_kind": {
                 kind: {
                     "injected": count,
                     "hit": hit[kind],
-                    "p50": _quantile(recoveries.get(kind, []), 0.5),
-                    "p99": _quantile(recoveries.get(kind, []), 0.99),
+                    "injecting_seconds": round(sum(f.took for f in self.faults if f.kind == kind), 1),
+                    **_quantiles(recoveries.get(kind, [])),
                 }
                 for kind, count in sorted(kinds.items())
+            },
+            "must_fail": {
+                variant: {"jobs": count, "failed_as_wanted": as_wanted}
+                for variant, (count, as_wanted) in sorted(self.must_fail().items())
             },
             "violations": [asdict(violation) for violation in self.violations],
         }
@@ -120,8 +138,8 @@ class Campaign:
 
     def take_references(self, names: Sequence[str]) -> None:
         """Run one of each variant undisturbed."""
-        ids = {name: self._submit(name) for name in names}
-        self._wait(list(ids.values()), seconds=180.0)
+        ids = {name: self.submit(name) for name in names}
+        self.wait(list(ids.values()), seconds=180.0)
         for name, job_id in ids.items():
             found = self._installation.look(
                 partial(audit.seen, job_id=job_id, data_dir=self._installation.data_dir)
@@ -139,6 +157,10 @@ class Campaign:
         ]
         known = sorted(self.references.keys() - HOPELESS.keys())
         names = [name if name in self.references else self._draw.choice(known) for name in names]
+        hopeless = sorted(self.references.keys() & HOPELESS.keys())
+        if len(names) > 2 * len(hopeless):  # one of each at least, however they were drawn
+            for number, name in enumerate(hopeless, start=1):
+                names[number * len(names) // (len(hopeless) + 1)] = name
         feeder = threading.Thread(target=self._feed, args=(names,), name="feeder", daemon=True)
         feeder.start()
         for number, kind in enumerate(kinds):
@@ -152,18 +174,19 @@ class Campaign:
         if self._failure is not None:
             raise self._failure
         self._installation.disarm()
-        self._wait(self._submitted, seconds=self._patience)
+        self.wait(self._submitted, seconds=self._patience)
 
     def _feed(self, names: Sequence[str]) -> None:
         try:
             for name in names:
                 while self._open() > 2 * len(self._installation.workers):
                     time.sleep(0.1)
-                self._submit(name)
+                self.submit(name)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`
             self._failure = error
 
-    def _submit(self, name: str) -> str:
+    def submit(self, name: str) -> str:
+        """Submit one job of this variant; returns its id once it is acknowledged."""
         key = f"{name}-{self._draw.getrandbits(64):016x}"
         job_id = self.client.submit(VARIANTS[name].spec, key=key, variant=name)
         self._submitted.append(job_id)
@@ -176,7 +199,7 @@ class Campaign:
     def _ended(self) -> int:
         return len(self._submitted) - self._open() - len(self.references)
 
-    def _wait(self, ids: Sequence[str], seconds: float) -> None:
+    def wait(self, ids: Sequence[str], seconds: float) -> None:
         """Until all have ended, or until nothing ended for `seconds`: the checker says what is missing."""
         patience, left = time.monotonic() + seconds, len(ids) + 1
         while time.monotonic() < patience:
@@ -212,6 +235,7 @@ def run(
         campaign.take_references(variants)
         kinds = schedule(faults, database, random.Random(seed)) if isinstance(faults, int) else faults
         campaign.run(kinds)
+        campaign.injector.judge_armed()
         evidence = audit.gather(
             installation.database,
             installation.data_dir,
@@ -239,32 +263,37 @@ def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
     lines = [
         f"seed {summary['seed']}, {summary['database']}, {summary['jobs']} jobs in {summary['seconds']} s",
-        f"faults: {summary['faults']}, while a job ran: {summary['hit']}, kills: {summary['kills_that_hit']}",
+        f"faults: {summary['faults']}, hit: {summary['hit']}, kills that hit: {summary['kills_that_hit']}",
         "",
-        f"{'fault':<28}{'injected':>9}{'hit':>6}{'p50 s':>9}{'p99 s':>9}",
+        f"{'fault':<30}{'injected':>9}{'hit':>6}{'p50 s':>9}{'p99 s':>9}",
     ]
     for kind, row in summary["by_kind"].items():
         p50, p99 = (f"{row[q]:.2f}" if row[q] is not None else "" for q in ("p50", "p99"))
-        lines.append(f"{kind:<28}{row['injected']:>9}{row['hit']:>6}{p50:>9}{p99:>9}")
-    recovery = summary["recovery_seconds"]
+        lines.append(f"{kind:<30}{row['injected']:>9}{row['hit']:>6}{p50:>9}{p99:>9}")
+    for variant, row in summary["must_fail"].items():
+        lines.append(f"{'job: ' + variant:<30}{row['jobs']:>9}{row['failed_as_wanted']:>6}")
+    recovery, drain = summary["recovery_seconds"], summary["drain_seconds"]
     lines += [
         "",
-        f"states                     {summary['states']}",
-        f"recovery p50 / p99         {recovery['p50']} / {recovery['p99']} s",
-        f"wasted work                {summary['wasted_steps']:.2%} of all steps",
-        f"crash points reached       {summary['crash_points_reached']}",
-        f"processes restarted        {summary['processes_restarted']}",
-        f"writes of zombies refused  {summary['refused_writes']}",
-        f"violations                 {len(summary['violations'])}",
+        f"states                        {summary['states']}",
+        f"recovery from kills p50, p99  {recovery['p50']}, {recovery['p99']} s",
+        f"drains p50, p99               {drain['p50']}, {drain['p99']} s",
+        f"wasted work                   {summary['wasted_steps']:.2%} of all steps",
+        f"crash points reached          {summary['crash_points_reached']}",
+        f"processes restarted           {summary['processes_restarted']}",
+        f"writes of zombies refused     {summary['refused_writes']}",
+        f"violations                    {len(summary['violations'])}",
     ]
     lines += [f"  {v['invariant']}: {v['job_id']}: {v['what']}" for v in summary["violations"][:40]]
     return "\n".join(lines)
 
 
-def _quantile(values: Sequence[float], q: float) -> float | None:
-    if not values:
-        return None
-    return round(sorted(values)[max(0, math.ceil(q * len(values)) - 1)], 2)
+def _quantiles(values: Sequence[float]) -> dict[str, float | None]:
+    ordered = sorted(values)
+    return {
+        f"p{percent}": round(ordered[math.ceil(len(ordered) * percent / 100) - 1], 2) if ordered else None
+        for percent in (50, 99)
+    }
 
 
 def main() -> int:

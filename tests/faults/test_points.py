@@ -1,5 +1,9 @@
-"""The list of fault points is the product's, and the database's own notes see what the checker needs."""
+"""The list of fault points is the product's, each kind of fault can be drawn and injected.
 
+The database's own notes see what the checker needs.
+"""
+
+import random
 import re
 from pathlib import Path
 
@@ -8,7 +12,8 @@ from service.store.database import Database
 from service.store.schema import migrate
 from tests.e2e.cluster import ROOT
 from tests.faults import audit
-from tests.faults.injections import POINTS
+from tests.faults.injections import Injector
+from tests.faults.kinds import DRAIN, KILLS, KINDS, ONCE, POINTS, schedule
 from tests.store.making import LIVE, claimed, steps, submitted
 
 
@@ -20,6 +25,16 @@ def test_every_point_of_the_product_is_listed_and_no_other() -> None:
         for name in re.findall(r'\breach\("([a-z_.]+)"\)', file.read_text(encoding="utf-8"))
     ]
     assert sorted(found) == sorted(POINTS)
+
+
+def test_every_kind_of_fault_can_be_injected_and_half_of_a_run_are_kills() -> None:
+    assert [kind for kind in KINDS if not callable(getattr(Injector, kind.replace(" ", "_"), None))] == []
+    assert {*KILLS, DRAIN, *ONCE} <= set(KINDS)
+    drawn = schedule(70, "postgresql", random.Random(1))
+    assert len(drawn) == 70
+    assert set(drawn) == set(KINDS)
+    assert sum(kind in KILLS for kind in drawn) >= 30
+    assert not [kind for kind in schedule(70, "sqlite", random.Random(1)) if kind.startswith("postgres")]
 
 
 def test_the_triggers_note_states_steps_and_checkpoints(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ FAULTS = (
     "kill child",
     "postgres cut",
     "freeze worker",
-    "kill api in a submission",
+    "kill api after a commit",
     "disk full",
-    "damage a checkpoint",
+    "truncate a checkpoint",
 )
 
 
