@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
@@ -81,11 +81,7 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
     if columns["step"] != tuple(range(first, first + len(rows))):
         raise Conflict(f"the batch {first}..{last} has a gap or is out of order", code="steps_not_contiguous")
     lock_fenced(s, job_id, fence)
-    stored = s.execute(
-        select(
-            job_stats.c.current_step, job_stats.c.batch_fence, job_stats.c.batch_first_step, *_TOTALS
-        ).where(job_stats.c.job_id == job_id)
-    ).one()
+    stored = s.execute(_STORED, {"of_job": job_id}).one()
     if (stored.batch_fence, stored.batch_first_step, stored.current_step) == (fence, first, last):
         return False
     if first != stored.current_step + 1:
@@ -108,13 +104,12 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
         "step_time_ms_max": live.step_time_ms_max,
         "host_syncs_per_step": live.host_syncs_per_step,
         "overflow_budget_exceeded": live.overflow_budget_exceeded,
-        "last_step_at": db_now(),
     }
     if live.last_overflow is not None:
         values["last_overflow"] = dict(live.last_overflow)
     elif totals.last_overflow_step >= first:
         values["last_overflow"] = _unattributed(totals.last_overflow_step)
-    _update(s, job_id, fence, stored.current_step, values)
+    _update(s, _APPENDED, job_id, fence, stored.current_step, values)
     return True
 
 
@@ -167,7 +162,7 @@ def truncate_after(s: Session, job_id: str, fence: int, step: int) -> int:
     lock_fenced(s, job_id, fence)
     seen, values = _cut_back(s, job_id, step)
     if values:
-        _update(s, job_id, fence, seen, values)
+        _update(s, _CHANGED, job_id, fence, seen, values)
     return max(0, seen - step)
 
 
@@ -215,7 +210,20 @@ def _cut_back(s: Session, job_id: str, step: int) -> tuple[int, dict[str, Any]]:
     return seen, values
 
 
-_TOTALS = tuple(job_stats.c[name] for name in Totals._fields)
+# The statements of every batch are composed once: that costs more than running them on SQLite does.
+_STORED = select(
+    job_stats.c.current_step,
+    job_stats.c.batch_fence,
+    job_stats.c.batch_first_step,
+    *(job_stats.c[name] for name in Totals._fields),
+).where(job_stats.c.job_id == bindparam("of_job"))
+_CHANGED = (
+    update(job_stats)
+    .where(job_stats.c.job_id == bindparam("of_job"), job_stats.c.current_step == bindparam("seen_step"))
+    .values(version=job_stats.c.version + 1, updated_at=db_now())
+    .returning(job_stats.c.job_id)
+)
+_APPENDED = _CHANGED.values(last_step_at=db_now())
 
 
 def _totals(row: AnyRow) -> Totals:
@@ -226,13 +234,10 @@ def _summary(totals: Totals, columns: Mapping[str, Sequence[Any]]) -> dict[str, 
     return totals._asdict() | {name: columns[name][-1] for name in _NEWEST}
 
 
-def _update(s: Session, job_id: str, fence: int, seen_step: int, values: Mapping[str, Any]) -> None:
-    row = s.execute(
-        update(job_stats)
-        .where(job_stats.c.job_id == job_id, job_stats.c.current_step == seen_step)
-        .values(**values, version=job_stats.c.version + 1, updated_at=db_now())
-        .returning(job_stats.c.job_id)
-    ).one_or_none()
+def _update(
+    s: Session, statement: Update, job_id: str, fence: int, seen_step: int, values: Mapping[str, Any]
+) -> None:
+    row = s.execute(statement, {**values, "of_job": job_id, "seen_step": seen_step}).one_or_none()
     if row is None:
         raise stale(job_id, fence)
 

@@ -5,9 +5,10 @@ the summary are in `metrics`.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
-from sqlalchemy import delete, insert, literal, select, update
+from sqlalchemy import bindparam, delete, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.metrics import METRIC_COLUMNS
@@ -79,7 +80,7 @@ def _add_chunks(s: Session, job_id: str, columns: Columns, totals: Totals) -> To
             }
         )
     if added:
-        s.execute(insert(metric_chunks), added)
+        s.execute(_ADDED, added)
     return totals
 
 
@@ -101,7 +102,7 @@ def _roll_up(s: Session, job_id: str, columns: Columns) -> None:
         if begin < first:
             stored = list(parts(s, job_id, begin, first - 1, METRIC_COLUMNS))
             steps = {
-                name: [*(value for part in stored for value in part[name]), *column]
+                name: [*chain.from_iterable(part[name] for part in stored), *column]
                 for name, column in steps.items()
             }
         groups = rollups.every(span, rollups.entry_steps(1))
@@ -117,7 +118,7 @@ def _roll_up(s: Session, job_id: str, columns: Columns) -> None:
             )
     if made:
         s.execute(
-            insert(metric_rollups),
+            _ROLLED_UP,
             [
                 {
                     "job_id": job_id,
@@ -154,21 +155,11 @@ def _row_of_entries(
     found = [row for row in rows if row is not None]
     if len(found) < len(rows):
         return None
-    return {each: [value for row in found for value in row[each]] for each in found[0]}
+    return {each: list(chain.from_iterable(row[each] for row in found)) for each in found[0]}
 
 
 def _newest_chunk(s: Session, job_id: str) -> AnyRow | None:
-    return s.execute(
-        select(
-            metric_chunks.c.first_step,
-            metric_chunks.c.last_step,
-            metric_chunks.c.totals,
-            metric_chunks.c.payload,
-        )
-        .where(metric_chunks.c.job_id == job_id)
-        .order_by(metric_chunks.c.first_step.desc())
-        .limit(1)
-    ).one_or_none()
+    return s.execute(_NEWEST, {"of_job": job_id}).one_or_none()
 
 
 def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, dict[str, list[Any]]]:
@@ -191,8 +182,20 @@ def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, di
 
 
 def _replace(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
-    s.execute(
-        update(metric_chunks)
-        .where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step == columns[0][0])
-        .values(last_step=columns[0][-1], totals=totals.pack(), payload=chunks.encode(columns))
+    changed = {"last_step": columns[0][-1], "totals": totals.pack(), "payload": chunks.encode(columns)}
+    s.execute(_REPLACED, {**changed, "of_job": job_id, "begin": columns[0][0]})
+
+
+# The statements of every batch are composed once: that costs more than running them on SQLite does.
+_NEWEST = (
+    select(
+        metric_chunks.c.first_step, metric_chunks.c.last_step, metric_chunks.c.totals, metric_chunks.c.payload
     )
+    .where(metric_chunks.c.job_id == bindparam("of_job"))
+    .order_by(metric_chunks.c.first_step.desc())
+    .limit(1)
+)
+_REPLACED = update(metric_chunks).where(
+    metric_chunks.c.job_id == bindparam("of_job"), metric_chunks.c.first_step == bindparam("begin")
+)
+_ADDED, _ROLLED_UP = insert(metric_chunks), insert(metric_rollups)

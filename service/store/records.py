@@ -7,10 +7,11 @@ here that writes about a job. Which edge to take when is decided by the callers.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import structlog
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, Select, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
@@ -145,14 +146,24 @@ def lock_fenced(s: Session, job_id: str, fence: int, *, states: frozenset[JobSta
     Raises:
         StaleFence: the fence has moved on, or the job is in none of `states`.
     """
-    row = s.execute(
-        select(jobs.c.id, jobs.c.state, jobs.c.fence)
-        .where(jobs.c.id == job_id, jobs.c.fence == fence, jobs.c.state.in_(sorted(states)))
-        .with_for_update(key_share=True)
-    ).one_or_none()
+    row = s.execute(_fenced(states), {"of_job": job_id, "under": fence}).one_or_none()
     if row is None:
         raise stale(job_id, fence)
     return row
+
+
+@cache
+def _fenced(states: frozenset[JobState]) -> Select[Any]:
+    # Kept: every batch of steps runs it, and composing a statement costs more than running it on SQLite.
+    return (
+        select(jobs.c.id, jobs.c.state, jobs.c.fence)
+        .where(
+            jobs.c.id == bindparam("of_job"),
+            jobs.c.fence == bindparam("under"),
+            jobs.c.state.in_(sorted(states)),
+        )
+        .with_for_update(key_share=True)
+    )
 
 
 def move(
