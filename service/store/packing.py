@@ -47,10 +47,10 @@ def unpack(payload: bytes, wanted: Sequence[bool]) -> tuple[int, list[list[Any] 
     Raises:
         ValueError: written by a newer version, or damaged.
     """
-    version, count = _HEAD.unpack_from(payload)
-    if version not in {VERSION, _UNCOMPRESSED}:
-        raise ValueError(f"a record of version {version}; this program reads up to version {VERSION}")
     try:
+        version, count = _HEAD.unpack_from(payload)
+        if version not in {VERSION, _UNCOMPRESSED}:
+            raise ValueError(f"a record of version {version}; this program reads up to version {VERSION}")
         body = payload[_HEAD.size :] if version == _UNCOMPRESSED else zlib.decompress(payload[_HEAD.size :])
         return count, list(_columns(body, count, wanted, planes=version != _UNCOMPRESSED))
     except (zlib.error, struct.error) as error:
@@ -102,6 +102,8 @@ def _floats(column: Sequence[float]) -> tuple[bytes, bytes]:
 
 def _integers(column: Sequence[int]) -> tuple[bytes, bytes]:
     base, top = min(column), max(column)
+    if not -(2**63) <= base < 2**63:
+        raise OverflowError(f"{base} is beyond 64 bits")
     if base == top:
         return _COLUMN.pack(_CONSTANT, base, 0), b""
     code = next((code for largest, code in _WIDTHS if top - base <= largest), "Q")
