@@ -159,6 +159,36 @@ def test_sweeping_is_for_deleted_jobs_alone(database: Database) -> None:
     assert rows_left(database, job.id) == before
 
 
+def test_of_several_deleted_jobs_the_longest_gone_is_swept_first_and_each_to_its_end(
+    database: Database,
+) -> None:
+    gone = [ended(database, 40) for _ in range(3)]
+    for job in reversed(gone):
+        with database.begin() as s:
+            jobs.delete(s, job.id, tenant="acme")
+    with database.read() as s:
+        assert [job_id for job_id, _ in jobs.unswept(s, limit=2)] == [gone[2].id, gone[1].id]
+    while not database.retry(lambda s: jobs.sweep(s, gone[1].id)):
+        pass
+    assert rows_left(database, gone[1].id) == 0
+    with database.read() as s:
+        assert {job_id for job_id, _ in jobs.unswept(s, limit=9)} == {gone[0].id, gone[2].id}
+
+
+def test_the_oldest_jobs_expire_first(database: Database) -> None:
+    held = [ended(database, 1) for _ in range(3)]
+    with database.begin() as s:
+        for job, days in zip(held, (2.0, 4.0, 3.0), strict=True):
+            s.execute(
+                update(job_rows)
+                .where(job_rows.c.id == job.id)
+                .values(finished_at=job_rows.c.finished_at - days * 86_400)
+            )
+    with database.read() as s:
+        assert jobs.expired(s, days=1.0, limit=2) == [held[1].id, held[2].id]
+        assert jobs.expired(s, days=3.5, limit=9) == [held[1].id]
+
+
 @pytest.mark.postgres
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_two_sweepers_do_not_wait_for_each_other(database: Database, database_url: str) -> None:

@@ -3,6 +3,7 @@
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
                 assert metrics.truncate_after(s, job.id, job.fence, kept) == len(model) - kept
             del model[kept:]
             newest_batch = []
-    _assert_equal(database, job.id, model, page)
+    assert_equal(database, job.id, model, page)
     with database.begin() as s:
         jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
         jobs.delete(s, job.id, tenant=None)
@@ -118,7 +119,7 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
         assert s.scalar(left) == 0
 
 
-def _assert_equal(database: Database, job_id: str, model: list[StepMetrics], page: int) -> None:
+def assert_equal(database: Database, job_id: str, model: list[StepMetrics], page: int) -> None:
     with database.read() as s:
         whole = metrics.read(s, job_id, limit=10_000, fields=None)
         assert list(whole.columns) == list(METRIC_COLUMNS)
@@ -145,10 +146,10 @@ def _assert_equal(database: Database, job_id: str, model: list[StepMetrics], pag
         ).all()
         covered = [number for first, last in bounds for number in range(first, last + 1)]
         assert covered == list(range(1, len(model) + 1))
-        _assert_summary(metrics.summarise(s, job_id), model)
+        assert_summary(metrics.summarise(s, job_id), model)
 
 
-def _assert_summary(stats: metrics.Stats, model: list[StepMetrics]) -> None:
+def assert_summary(stats: metrics.Stats, model: list[StepMetrics]) -> None:
     assert stats.current_step == len(model)
     assert stats.overflow_count == sum(row.overflow for row in model)
     assert stats.underflow_count == sum(row.underflow for row in model)
@@ -224,6 +225,62 @@ def test_a_new_attempt_does_not_inherit_the_repeat(database: Database) -> None:
     again = claimed(database)
     with pytest.raises(Conflict), database.begin() as s:
         metrics.append(s, job.id, again.fence, steps(1, 3), LIVE)
+
+
+def test_after_a_cut_no_batch_counts_as_sent_again(database: Database) -> None:
+    job = running(database)
+    with database.begin() as s:
+        metrics.append(s, job.id, job.fence, steps(1, 1), LIVE)
+        metrics.append(s, job.id, job.fence, steps(2, 5), LIVE)
+        metrics.truncate_after(s, job.id, job.fence, 3)
+    with pytest.raises(Conflict), database.begin() as s:
+        metrics.append(s, job.id, job.fence, steps(2, 3), LIVE)
+    with database.begin() as s:
+        assert metrics.append(s, job.id, job.fence, steps(4, 5), LIVE)
+
+
+def test_after_a_cut_the_summary_is_that_of_the_steps_left(database: Database) -> None:
+    job = running(database)
+    kept = [*steps(1, 3), step(4, scale=8.0, overflow=True)]
+    attributed = {"step": 6, "layer": "head", "kind": "inf"}
+    with database.begin() as s:
+        metrics.append(s, job.id, job.fence, kept, LIVE)
+        metrics.append(
+            s, job.id, job.fence, [step(5), step(6, overflow=True)], replace(LIVE, last_overflow=attributed)
+        )
+        assert metrics.summarise(s, job.id).last_overflow == attributed
+        metrics.truncate_after(s, job.id, job.fence, 6)  # cuts nothing off
+        assert metrics.summarise(s, job.id).last_overflow == attributed
+        metrics.truncate_after(s, job.id, job.fence, 4)
+        stats = metrics.summarise(s, job.id)
+        metrics.truncate_after(s, job.id, job.fence, 3)
+        before_any = metrics.summarise(s, job.id)
+    assert (stats.current_step, stats.current_scale, stats.overflow_count) == (4, 8.0, 1)
+    assert stats.last_overflow == {"step": 4, "layer": None, "kind": "unknown"}
+    assert stats.performance_metrics["steps_per_second"] is None  # of an attempt that is over
+    assert stats.performance_metrics["samples_per_second"] is None
+    assert stats.last_step_at is not None
+    assert before_any.last_overflow is None
+
+
+def test_an_overflow_on_a_batchs_first_step_is_told(database: Database) -> None:
+    job = running(database)
+    with database.begin() as s:
+        metrics.append(s, job.id, job.fence, steps(1, 2), LIVE)
+        metrics.append(s, job.id, job.fence, [step(3, overflow=True), step(4)], LIVE)
+        told = metrics.summarise(s, job.id).last_overflow
+    assert told == {"step": 3, "layer": None, "kind": "unknown"}
+
+
+def test_an_evaluation_at_the_cut_stays(database: Database) -> None:
+    job = running(database)
+    with database.begin() as s:
+        metrics.append(s, job.id, job.fence, steps(1, 4), LIVE)
+        metrics.evaluated(s, job.id, job.fence, Evaluation(step=3, split="test", loss=0.5, seconds=1.0))
+        metrics.truncate_after(s, job.id, job.fence, 3)
+        stats = metrics.summarise(s, job.id)
+    assert stats.evaluation is not None
+    assert stats.evaluation["step"] == 3
 
 
 def test_nothing_is_written_under_an_old_fence(database: Database) -> None:
