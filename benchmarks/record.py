@@ -1,7 +1,8 @@
 """The step record: how fast it is written, what a step costs in bytes, and how fast it is read back.
 
-Writes go through the store as the worker's reporter sends them; reads through a real API process. Beside it,
-in the same run: a row per step in the same databases, and MLflow's server. `--quick` is a smoke test.
+The whole path is a worker's: rows handed to the reporter until the last is committed. Then the store's own
+calls, and reads through a real API process. Beside them, in the same run: a row per step in the same
+databases, and MLflow's server. `--quick` is a smoke test.
 """
 
 import http.client
@@ -32,9 +33,12 @@ from service.store.jobs import Job
 from service.store.schema import migrate
 from service.store.tables import metadata
 from service.store.workers import Capability
+from worker.reporting import Reporter
 
 BATCHES = (256, 1024, 8192)  # what the reporter sends: from a slow job's flush to its limit under pressure
 FILL_BATCH = 8192
+REPORTED = 100_000  # steps of one repetition of the whole path
+REPORT_BATCH = 250  # what the loop hands on at once, of 500 steps a second
 SEGMENT = 500_000  # steps of one repetition while a job is filled
 CPU = Capability("cpu", bf16=True, fp16=True, memory_bytes=2**33, device_name="cpu", device_count=1)
 SPEC = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}}
@@ -42,12 +46,14 @@ SPEC = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}}
 
 def main() -> None:
     parser = options("record", __doc__)
-    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"])
+    parser.add_argument(
+        "--databases", nargs="*", default=["sqlite", "postgresql"], help="none: a part with MLflow alone"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=[1_000_000, 10_000_000])
     parser.add_argument("--postgres", default=LOCAL_SERVER)
     parser.add_argument("--directory", type=Path, help="where the SQLite files go; default: a temporary one")
     parser.add_argument("--mlflow-python", type=Path, help="an interpreter that has MLflow")
-    parser.add_argument("--without", nargs="*", default=[], choices=["rows", "batches"])
+    parser.add_argument("--without", nargs="*", default=[], choices=["rows", "batches", "path"])
     parser.add_argument("--quick", action="store_true", help="few steps and repetitions: proves that it runs")
     parser.add_argument("--add", action="store_true", help="a part of a run: keep the file's other figures")
     arguments = parser.parse_args()
@@ -62,6 +68,9 @@ def main() -> None:
             if "batches" not in arguments.without:
                 with new_database(*place) as url:
                     _batches(report, kind, url, repetitions)
+            if "path" not in arguments.without:
+                with new_database(*place) as url:
+                    _whole_path(report, kind, url, 10_000 if arguments.quick else REPORTED, repetitions)
             with new_database(*place) as url:
                 _record(report, kind, url, sorted(arguments.steps), repetitions)
             if "rows" not in arguments.without:
@@ -83,6 +92,39 @@ def _batches(report: Report, kind: str, url: str, repetitions: int) -> None:
             report.add(f"{kind}/written, batches of {size}", rates, unit="steps/s", better="higher")
     finally:
         database.dispose()
+
+
+def _whole_path(report: Report, kind: str, url: str, steps: int, repetitions: int) -> None:
+    """From the training loop's call until the last row is committed: queue, thread, packing, transactions.
+
+    The rows are there before, and the loop calls as fast as it can: what a step costs it, and the thread, in
+    CPU time, stands beside.
+    """
+    migrate(url)
+    database = Database(url)
+    rates, loop_costs, thread_costs = [], [], []
+    try:
+        for _ in range(repetitions):
+            job, made = _running(database), list(batches(1, steps, REPORT_BATCH))
+            reporter = Reporter(database, job.id, job.fence, on_progress=lambda *_: None)
+            began, loop_began, both_began = time.perf_counter(), time.thread_time(), time.process_time()
+            for rows in made:
+                reporter.steps(rows, LIVE)
+            loop = time.thread_time() - loop_began
+            reporter.close()
+            rates.append(steps / (time.perf_counter() - began))
+            loop_costs.append(loop / steps * 1e6)
+            thread_costs.append((time.process_time() - both_began - loop) / steps * 1e6)
+            with database.read() as s:
+                if metrics.summarise(s, job.id).current_step != steps:
+                    raise RuntimeError("the reporter has ended, and steps are missing")
+    finally:
+        database.dispose()
+    report.add(f"{kind}/whole path, written", rates, unit="steps/s", better="higher")
+    report.add(f"{kind}/whole path, CPU of the loop's thread", loop_costs, unit="us/step", better="lower")
+    report.add(
+        f"{kind}/whole path, CPU of the reporter's thread", thread_costs, unit="us/step", better="lower"
+    )
 
 
 def _record(report: Report, kind: str, url: str, lengths: list[int], repetitions: int) -> None:
