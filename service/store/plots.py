@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import select
@@ -61,7 +62,7 @@ def downsample(
         bounds = _bounds(stretches, columns["step"])
         for each in columns:
             if each != "step":
-                joined = [value for stretch in stretches for value in stretch.series[each]]
+                joined = list(chain.from_iterable(stretch.series[each] for stretch in stretches))
                 columns |= rollups.fold({each: joined}, bounds)
     steps = columns["step"]
     return MetricPage(columns, len(steps), newest, steps[-1] if steps else begin - 1, width)
