@@ -130,6 +130,7 @@ def assert_equal(database: Database, job_id: str, model: list[StepMetrics], page
         after = 0
         while (part := metrics.read(s, job_id, after_step=after, limit=page, fields=None)).count:
             assert part.count <= page
+            assert part.next_after_step > after
             polled += rows_of(part)
             after = part.next_after_step
         assert polled == rows_of(whole)

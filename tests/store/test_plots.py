@@ -210,6 +210,27 @@ def test_a_plot_reads_as_much_of_a_long_record_as_of_a_short_one(
     assert read[-1] <= read[0] + 12
 
 
+@pytest.mark.parametrize("first", [2, 66, 130])
+def test_a_plot_that_begins_inside_a_row_of_entries_reads_that_row(
+    database: Database, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    decoded: list[int] = []
+    for module in (chunks, rollups):
+        original = module.unpack
+        monkeypatch.setattr(
+            module, "unpack", lambda payload, wanted, f=original: decoded.append(1) or f(payload, wanted)
+        )
+    with small_grid():
+        monkeypatch.setattr(rollups, "ENTRIES", 32)
+        job = running(database)
+        with database.begin() as s:
+            metrics.append(s, job.id, job.fence, steps(1, 4096), LIVE)
+        decoded.clear()
+        with database.read() as s:
+            metrics.downsample(s, job.id, from_step=first, to_step=None, max_points=40, fields=["loss"])
+    assert len(decoded) <= 10  # made of the levels below instead, the rest of that row takes 13 or more
+
+
 def test_wide_buckets_are_rounded_up_to_whole_entries_and_fill_most_of_the_points(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
@@ -320,10 +341,13 @@ def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database)
         with database.read() as s:
             whole = metrics.read(s, job.id, limit=1000, fields=None)
             wanted = [tuple(map(exact, row)) for row in rows[:118]]
+            begins = s.scalars(select(metric_chunks.c.first_step).order_by("first_step")).all()
             assert [tuple(map(exact, row)) for row in zip(*whole.columns.values(), strict=True)] == wanted
             sealed = s.scalars(
                 select(metric_rollups.c.first_step).where(metric_rollups.c.level == 1).order_by("first_step")
             ).all()
+        # The old chunk 72..75 began in another cell of the grid, and is not joined.
+        assert begins == [1, 6, 7, 30, 62, 72, 76, 81, 89, 97, 105, 113]
         assert sealed == [73, 81, 89, 97, 105]
         with database.begin() as s:
             metrics.truncate_after(s, job.id, job.fence, 67)  # inside an old chunk
