@@ -43,7 +43,7 @@ def one_round(settings: Settings, database: Database) -> None:
         log.warning("lease expired", job_id=job.id, state=job.state, attempt=job.attempt)
     for job in database.retry(
         lambda s: jobs.fail_without_worker(
-            s, seconds=settings.no_worker_seconds, live_seconds=3 * settings.heartbeat_seconds
+            s, seconds=settings.no_worker_seconds, live_seconds=settings.live_seconds
         )
     ):
         log.warning("no worker can run it", job_id=job.id)

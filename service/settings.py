@@ -150,6 +150,11 @@ class Settings(BaseSettings):
         """The broker to use, with the embedded default filled in."""
         return self.broker_url or f"redis+socket://{self.broker_socket}"
 
+    @property
+    def live_seconds(self) -> float:
+        """How long after its last heartbeat a worker still counts as live."""
+        return 3 * self.heartbeat_seconds
+
     def job_directory(self, job_id: str) -> Path:
         """Where a job's checkpoints are; all that it leaves on this disk."""
         return self.data_dir / "jobs" / job_id

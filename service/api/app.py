@@ -10,6 +10,7 @@ from service.api import openapi, problems
 from service.api.context import Context
 from service.api.door import Door
 from service.api.feed import Feed
+from service.api.intake import Intake
 from service.api.request_id import RequestIds
 from service.api.routes import (
     checkpoints,
@@ -24,6 +25,7 @@ from service.api.routes import (
     stream,
     workers,
 )
+from service.api.summaries import Summaries
 from service.api.watch import JobWatcher
 from service.settings import Settings
 from service.store import metrics as record
@@ -84,7 +86,13 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.context = Context(
-        settings=settings, database=store, door=Door(store), watcher=watcher, feed=Feed.of(store)
+        settings=settings,
+        database=store,
+        door=Door(store),
+        watcher=watcher,
+        feed=Feed.of(store),
+        summaries=Summaries(store),
+        intake=Intake(settings, store),
     )
     problems.install(app)
     for resource in (

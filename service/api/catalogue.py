@@ -22,6 +22,10 @@ KINDS = ("model", "dataset", "loss", "optimizer", "scheduler")
 LOSS_BY_TASK = {"classification": "cross_entropy", "language": "cross_entropy", "regression": "mse"}
 
 _MOST_PROBLEMS = 20
+_MOST_VALIDATORS = 1000
+
+# By the identity of a schema, which is kept beside its validator so that no other can take it over.
+_validators: dict[int, tuple[dict[str, Any], Draft202012Validator]] = {}
 _log = structlog.get_logger(__name__)
 
 
@@ -77,15 +81,13 @@ def _with_default_params(kind: str, reference: ComponentRef, component: Componen
     }
     filled = reference.model_copy(update={"params": {**reference.params, **defaults}})
     # Defaults that exclude each other are the component's to choose from.
-    return reference if _check_params(kind, filled, component) else filled
+    return filled if not defaults or not _check_params(kind, filled, component) else reference
 
 
 def _check_params(kind: str, reference: ComponentRef, component: ComponentInfo) -> list[FieldProblem]:
     problems: list[FieldProblem] = []
     try:
-        # An empty registry: a published schema may refer to itself, never to the network.
-        validator = Draft202012Validator(component.schema, registry=Registry())
-        for error in validator.iter_errors(reference.params):
+        for error in _validator(component.schema).iter_errors(reference.params):
             problems += _param_problems((kind, "params"), error)
             if len(problems) >= _MOST_PROBLEMS:
                 break
@@ -94,6 +96,18 @@ def _check_params(kind: str, reference: ComponentRef, component: ComponentInfo) 
         _log.warning("component_schema_unusable", kind=kind, name=component.name, error=str(error))
         return []
     return problems[:_MOST_PROBLEMS]
+
+
+def _validator(schema: dict[str, Any]) -> Draft202012Validator:
+    held = _validators.get(id(schema))
+    if held is not None:
+        return held[1]
+    # An empty registry: a published schema may refer to itself, never to the network.
+    validator = Draft202012Validator(schema, registry=Registry())
+    if len(_validators) >= _MOST_VALIDATORS:
+        _validators.clear()
+    _validators[id(schema)] = schema, validator
+    return validator
 
 
 def _param_problems(base: tuple[str, ...], error: ValidationError) -> list[FieldProblem]:

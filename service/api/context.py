@@ -7,6 +7,8 @@ from fastapi import Depends, Request
 
 from service.api.door import Door
 from service.api.feed import Feed
+from service.api.intake import Intake
+from service.api.summaries import Summaries
 from service.api.watch import JobWatcher
 from service.settings import Settings
 from service.store.database import Database
@@ -21,11 +23,8 @@ class Context:
     door: Door
     watcher: JobWatcher
     feed: Feed
-
-    @property
-    def live_seconds(self) -> float:
-        """How long after its last heartbeat a worker still counts as live."""
-        return 3 * self.settings.heartbeat_seconds
+    summaries: Summaries
+    intake: Intake
 
 
 async def of(request: Request) -> Context:

@@ -5,18 +5,19 @@ Reads the store; writes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.api.catalogue import check_components, with_defaults
-from service.api.context import Context
+from service.api.catalogue import Catalogue, check_components, with_defaults
 from service.api.pointers import pointer
 from service.contract.precision import DeviceCapability, UnsupportedPrecisionError, resolve
 from service.contract.spec import JobSpec
 from service.contract.speed import DtypeSpeed, Speeds, slow_precision
 from service.errors import FieldProblem, InvalidRequest
+from service.settings import Settings
 from service.store import components, jobs, workers
-from service.store.workers import Capability
+from service.store.workers import Capability, Requirements
 
 NO_CATALOGUE = (
     "no worker has published its components yet: names and parameters are unchecked, and a wrong one fails "
@@ -39,15 +40,50 @@ class Submission:
     capable_workers: int
 
 
-def prepare(session: Session, spec: JobSpec, context: Context) -> Submission:
+class Catalogues:
+    """The published catalogue, read again only when something was published."""
+
+    def __init__(self) -> None:
+        self._held: tuple[tuple[Any, ...], Catalogue] | None = None
+
+    def current(self, session: Session) -> Catalogue:
+        """The catalogue as `session` sees it."""
+        edition = components.edition(session)
+        held = self._held
+        if held is None or held[0] != edition:
+            # One statement after the other: it may be newer than its edition, and then is read once more.
+            held = self._held = edition, components.catalogue(session)
+        return held[1]
+
+
+class Fleet:
+    """What workers offer, as one transaction sees it; each thing is asked for once, however many specs."""
+
+    def __init__(self, session: Session, settings: Settings, catalogues: Catalogues) -> None:
+        self._session, self._settings = session, settings
+        self.catalogue = catalogues.current(session)
+        self.live = workers.list_workers(session, live_seconds=settings.live_seconds)
+        self.no_worker_seconds = settings.no_worker_seconds
+        self._capable: dict[Requirements, int] = {}
+
+    def capable(self, needs: Requirements) -> int:
+        """How many live workers could run a job with these requirements."""
+        if needs not in self._capable:
+            self._capable[needs] = workers.count_capable(
+                self._session, needs, live_seconds=self._settings.live_seconds
+            )
+        return self._capable[needs]
+
+
+def prepare(spec: JobSpec, fleet: Fleet) -> Submission:
     """Check `spec` against the fleet and fill in its defaults.
 
     Raises:
         InvalidRequest: an unknown component, a wrong parameter, or a precision that no device here has.
     """
-    catalogue = components.catalogue(session)
+    catalogue = fleet.catalogue
     problems = check_components(spec, catalogue) if catalogue else []
-    fitting = _fitting_devices(session, spec, context)
+    fitting = _fitting_devices(spec, fleet)
     model = catalogue.get(("model", spec.model.name))
     convolutional = model is not None and bool(model.extra.get("convolutional"))
     precision_problems, warnings = _check_precision(spec, fitting, convolutional=convolutional)
@@ -56,11 +92,11 @@ def prepare(session: Session, spec: JobSpec, context: Context) -> Submission:
         raise InvalidRequest("The job's specification is not valid.", problems)
     if not catalogue:
         warnings.append(NO_CATALOGUE)
-    capable = workers.count_capable(session, jobs.requirements(spec), live_seconds=context.live_seconds)
+    capable = fleet.capable(jobs.requirements(spec))
     if capable == 0:
-        seconds = context.settings.no_worker_seconds
         warnings.append(
-            f"no live worker can run this job now; it waits, and fails after {seconds:g} s without one"
+            "no live worker can run this job now; it waits, and fails after "
+            f"{fleet.no_worker_seconds:g} s without one"
         )
     return Submission(with_defaults(spec, catalogue), tuple(warnings), capable)
 
@@ -73,11 +109,11 @@ class _Device:
     speeds: tuple[Speeds, ...]
 
 
-def _fitting_devices(session: Session, spec: JobSpec, context: Context) -> list[_Device]:
+def _fitting_devices(spec: JobSpec, fleet: Fleet) -> list[_Device]:
     """The distinct devices of the live workers that the spec's `resources.device` admits."""
     wanted = spec.resources.device
     found: dict[Capability, list[Speeds]] = {}
-    for worker in workers.list_workers(session, live_seconds=context.live_seconds):
+    for worker in fleet.live:
         if wanted in {"auto", worker.capability.device_type}:
             speeds = found.setdefault(worker.capability, [])
             if worker.speed is not None:

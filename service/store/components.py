@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.store.clock import db_now
@@ -50,6 +50,12 @@ def list_components(s: Session, kind: str | None = None) -> list[ComponentInfo]:
     if kind is not None:
         query = query.where(components.c.kind == kind)
     return [ComponentInfo(*row) for row in s.execute(query)]
+
+
+def edition(s: Session) -> tuple[Any, ...]:
+    """What changes with every publication: far cheaper than the catalogue itself."""
+    at = components.c.published_at
+    return tuple(s.execute(select(func.count(), func.max(at), func.sum(at))).one())
 
 
 def catalogue(s: Session) -> dict[tuple[str, str], ComponentInfo]:

@@ -222,32 +222,30 @@ def record_states(s: Session, job: Job, entered: Sequence[tuple[JobState, str | 
     ordered = list(enumerate(entered, start=1 - len(entered)))
     s.execute(
         insert(job_transitions),
-        [
-            {
-                "job_id": job.id,
-                "seq": transition + offset,
-                "state": state,
-                "at": at,
-                "reason": why and storable(why),
-            }
-            for offset, (state, why) in ordered
-        ],
+        [transition_row(job.id, transition + offset, at, state, why) for offset, (state, why) in ordered],
     )
     s.execute(
         insert(job_events),
-        [
-            {
-                "job_id": job.id,
-                "seq": event + offset,
-                "at": at,
-                "type": "state",
-                "level": "error" if state is JobState.FAILED else "info",
-                "message": storable(f"{state}: {why}" if why else str(state)),
-                "data": {"state": state, "attempt": job.attempt, "worker": job.worker},
-            }
-            for offset, (state, why) in ordered
-        ],
+        [state_event_row(job, event + offset, at, state, why) for offset, (state, why) in ordered],
     )
+
+
+def transition_row(job_id: str, seq: int, at: float, state: JobState, why: str | None) -> dict[str, Any]:
+    """The row of job_transitions that tells of a state just entered."""
+    return {"job_id": job_id, "seq": seq, "state": state, "at": at, "reason": why and storable(why)}
+
+
+def state_event_row(job: Job, seq: int, at: float, state: JobState, why: str | None) -> dict[str, Any]:
+    """The row of job_events that tells of it."""
+    return {
+        "job_id": job.id,
+        "seq": seq,
+        "at": at,
+        "type": "state",
+        "level": "error" if state is JobState.FAILED else "info",
+        "message": storable(f"{state}: {why}" if why else str(state)),
+        "data": {"state": state, "attempt": job.attempt, "worker": job.worker},
+    }
 
 
 def status(code: ReasonCode, message: str, detail: Mapping[str, Any] | None = None) -> dict[str, Any]:

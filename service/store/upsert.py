@@ -27,3 +27,8 @@ def upsert(s: Session, table: Table, rows: Sequence[dict[str, Any]]) -> Insert:
 def insert_new(s: Session, table: Table, **values: Any) -> Insert:
     """Insert a row unless its key is there; the RETURNING of the caller says which."""
     return _insert(s, table).values(**values).on_conflict_do_nothing()
+
+
+def insert_new_rows(s: Session, table: Table) -> Insert:
+    """The same for many: executed with a list of rows, its RETURNING gives those that were inserted."""
+    return _insert(s, table).on_conflict_do_nothing()

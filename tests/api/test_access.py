@@ -206,6 +206,8 @@ def test_tenants_do_not_see_each_other(anywhere: TestClient, new_key: NewKey) ->
     headers = {"idempotency-key": "same"}
     job = anywhere.post("/jobs", json=SPEC, headers=mine | headers).json()
     assert anywhere.get("/jobs", headers=theirs).json()["items"] == []
+    # What one tenant was just answered is not there for another.
+    assert anywhere.get(f"/jobs/{job['id']}/stats", headers=mine).status_code == 200
     for method, path in PATHS:
         if "{id}" in path:
             stranger = anywhere.request(method, path.format(id=job["id"]), headers=theirs)

@@ -174,7 +174,7 @@ def test_an_idempotency_key_at_once_from_many_is_one_job(client: TestClient, sen
 
 @pytest.mark.parametrize("headers", [{}, {"idempotency-key": "k"}])
 def test_a_commit_whose_answer_was_lost_makes_one_job(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+    client: TestClient, sent: list[str], monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
 ) -> None:
     begin = Database.begin
     lost: list[bool] = []
@@ -190,7 +190,7 @@ def test_a_commit_whose_answer_was_lost_makes_one_job(
     monkeypatch.setattr(Database, "begin", lossy)
     answer = client.post("/jobs", json={**SPEC, "precision": {"precision_level": "fp16"}}, headers=headers)
     assert (answer.status_code, lost) == (202, [True])
-    assert [job["id"] for job in client.get("/jobs").json()["items"]] == [answer.json()["id"]]
+    assert [job["id"] for job in client.get("/jobs").json()["items"]] == [answer.json()["id"]] == sent
     events = client.get(f"/jobs/{answer.json()['id']}/events").json()["items"]
     assert [event["type"] for event in events] == ["state", "warning"]
 

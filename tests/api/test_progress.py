@@ -5,12 +5,13 @@ import io
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from service.contract.metrics import METRIC_COLUMNS, Evaluation
-from service.store import events, metrics
+from service.store import events, jobs, metrics
 from service.store.database import Database
 
 from .conftest import Trainer
@@ -89,6 +90,52 @@ def test_numbers_that_are_not_finite_are_spelled_out(
     )
     columns = client.get(f"/jobs/{job_id}/metrics").json()["columns"]
     assert (columns["loss"], columns["grad_norm"]) == (["NaN"], ["Infinity"])
+
+
+def test_no_kind_of_change_is_answered_with_304(
+    client: TestClient, submit: Submit, trainer: Trainer, database: Database
+) -> None:
+    job_id = submit()
+    etag = client.get(f"/jobs/{job_id}/stats").headers["etag"]
+
+    def changed() -> dict[str, Any]:
+        nonlocal etag
+        fresh = client.get(f"/jobs/{job_id}/stats", headers={"if-none-match": etag})
+        assert fresh.status_code == 200
+        etag = fresh.headers["etag"]
+        assert client.get(f"/jobs/{job_id}/stats", headers={"if-none-match": etag}).status_code == 304
+        stats: dict[str, Any] = fresh.json()
+        assert client.get(f"/jobs/{job_id}").json()["stats"] == stats
+        return stats
+
+    fence = trainer.claim(job_id)
+    assert changed()["state"] == "running"
+    with database.begin() as session:
+        metrics.opened(session, job_id, fence, total_steps=8)
+    assert changed()["total_steps"] == 8
+    trainer.steps(job_id, fence, 1, 4)
+    assert changed()["current_step"] == 4
+    with database.begin() as session:
+        found = Evaluation(step=4, split="test", loss=0.5, metrics={}, seconds=0.1)
+        metrics.evaluated(session, job_id, fence, found)
+    assert changed()["evaluation"]["loss"] == 0.5
+    with database.begin() as session:
+        events.append(session, job_id, type="alert", level="warning", message="Look.")
+    changed()
+    with database.begin() as session:
+        metrics.truncate_after(session, job_id, fence, 2)
+    assert changed()["current_step"] == 2
+    with database.begin() as session:
+        jobs.release(session, job_id, fence, charge_attempt=True, why="lost")
+    assert changed()["attempt"] == 2
+    fence = trainer.claim(job_id)
+    assert changed()["state"] == "running"
+    client.post(f"/jobs/{job_id}/cancel")
+    assert changed()["state"] == "cancelling"
+    trainer.end(job_id, fence, jobs.JobState.CANCELLED)
+    assert changed()["is_terminal"]
+    assert client.delete(f"/jobs/{job_id}").status_code == 204
+    assert client.get(f"/jobs/{job_id}/stats", headers={"if-none-match": etag}).status_code == 404
 
 
 def test_the_etag_changes_with_the_summary(

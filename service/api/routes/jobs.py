@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Annotated
 
@@ -17,18 +16,14 @@ from service.api.access import Reader, Submitter
 from service.api.body import JsonBody, read_json_body
 from service.api.context import ContextDep
 from service.api.examples import SUBMISSIONS
+from service.api.intake import Order
 from service.api.openapi import declares, json_body
 from service.api.parameters import PRINTABLE, IdempotencyKey, JobPath, KnownQuery
 from service.api.schemas import DryRun, Job, JobPage
-from service.api.submission import prepare
-from service.api.validation import read_spec
 from service.api.views import job_view, job_views
-from service.api.wakeup import wake_worker
-from service.api.wire import json_answer, json_bytes
+from service.api.wire import json_answer
 from service.contract.states import JobState
-from service.faultpoints import reach
 from service.storage import storage
-from service.store import events
 from service.store import jobs as store
 from service.store.records import known_shape
 
@@ -59,7 +54,7 @@ async def _body(request: Request, context: ContextDep, _caller: Submitter) -> Js
         ),
     },
 )
-def submit_job(
+async def submit_job(
     context: ContextDep,
     caller: Submitter,
     body: Annotated[JsonBody, Depends(_body)],
@@ -70,55 +65,17 @@ def submit_job(
 
     It is stored before the answer; a broker that is down delays its start and nothing else.
     """
-    spec = read_spec(body)
-    with context.database.read() as session:
-        submission = prepare(session, spec, context)
-    if dry_run:
-        return json_answer(
-            {
-                "valid": True,
-                "warnings": list(submission.warnings),
-                "resolved": submission.spec.model_dump(mode="json"),
-                "capable_workers": submission.capable_workers,
-            }
-        )
-    job_id = store.new_job_id()  # drawn once: a repeat after a commit whose answer was lost creates nothing
-
-    def store_it(session: Session) -> tuple[str, bytes, bool]:
-        job, created = store.submit(
-            session,
-            tenant=caller.tenant,
-            spec=submission.spec,
-            idempotency_key=idempotency_key,
-            body_hash=body.digest,
-            job_id=job_id,
-        )
-        if created:
-            _record_warnings(session, job.id, submission.warnings)
-        answer = json_bytes(job_view(session, job))
-        reach("submit.before_commit")
-        return job.id, answer, created
-
-    stored_id, answer, created = context.database.retry(store_it)
-    reach("submit.after_commit")
-    if created:
-        wake_worker(context.settings, stored_id)
-    reach("submit.after_enqueue")
+    answer = await context.intake.take(
+        Order(caller.tenant, body, dry_run=dry_run, idempotency_key=idempotency_key)
+    )
+    if answer.job_id is None:
+        return Response(answer.body, media_type="application/json")
     return Response(
-        answer,
+        answer.body,
         status_code=HTTPStatus.ACCEPTED,
         media_type="application/json",
-        headers={"location": f"/jobs/{stored_id}"},
+        headers={"location": f"/jobs/{answer.job_id}"},
     )
-
-
-def _record_warnings(session: Session, job_id: str, warnings: Sequence[str]) -> None:
-    if not warnings:
-        return
-    recorded = {event.message for event in events.read(session, job_id, limit=1000)}
-    for warning in warnings:
-        if warning not in recorded:
-            events.append(session, job_id, type="warning", level="warning", message=warning)
 
 
 @router.get("", response_model=JobPage, responses=declares())

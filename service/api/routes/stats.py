@@ -5,19 +5,15 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from service.api.access import Reader
-from service.api.context import Context, ContextDep
-from service.api.door import Caller
+from service.api.context import ContextDep
 from service.api.openapi import declares
 from service.api.parameters import JobPath, KnownQuery, matches
 from service.api.schemas import Stats
-from service.api.views import stats_view
+from service.api.summaries import Summary
 from service.api.watch import until_gone
-from service.api.wire import json_bytes
-from service.store import metrics
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 
@@ -56,26 +52,20 @@ async def get_stats(
     if_none_match: Annotated[str | None, Header(description="The etag of the summary at hand.")] = None,
 ) -> Response:
     """The summary of a job, as cheap for a long job as for a short one."""
-    version, is_terminal, answer = await run_in_threadpool(_summary, context, caller, job_id)
-    if matches(if_none_match, _etag(version)) and wait_seconds > 0 and not is_terminal:
+    summary = await context.summaries.of(job_id, tenant=caller.tenant)
+    if wait_seconds > 0 and matches(if_none_match, _etag(summary)) and not summary.is_terminal:
         gone = asyncio.ensure_future(until_gone(request.receive))
         try:
             with context.watcher.place():
-                await context.watcher.wait(job_id, version, seconds=wait_seconds, gone=gone)
+                await context.watcher.wait(job_id, summary.version, seconds=wait_seconds, gone=gone)
         finally:
             gone.cancel()
-        version, is_terminal, answer = await run_in_threadpool(_summary, context, caller, job_id)
-    headers = {"etag": _etag(version), "cache-control": "private, no-cache"}
-    if matches(if_none_match, _etag(version)):
+        summary = await context.summaries.of(job_id, tenant=caller.tenant)
+    headers = {"etag": _etag(summary), "cache-control": "private, no-cache"}
+    if matches(if_none_match, _etag(summary)):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    return Response(answer, media_type="application/json", headers=headers)
+    return Response(summary.body, media_type="application/json", headers=headers)
 
 
-def _summary(context: Context, caller: Caller, job_id: str) -> tuple[int, bool, bytes]:
-    with context.database.read() as session:
-        summary = metrics.summarise(session, job_id, tenant=caller.tenant)
-    return summary.version, summary.state.is_terminal, json_bytes(stats_view(summary))
-
-
-def _etag(version: int) -> str:
-    return f'"{version}"'
+def _etag(summary: Summary) -> str:
+    return f'"{summary.version}"'

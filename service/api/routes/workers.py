@@ -19,5 +19,5 @@ router = APIRouter(prefix="/workers", tags=["fleet"], dependencies=[KnownQuery])
 def list_workers(context: ContextDep, _caller: Reader) -> Response:
     """The workers that are alive: seen within three heartbeats."""
     with context.database.read() as session:
-        found = workers.list_workers(session, live_seconds=context.live_seconds)
+        found = workers.list_workers(session, live_seconds=context.settings.live_seconds)
     return json_answer({"items": [worker_view(worker) for worker in found]})

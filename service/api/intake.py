@@ -1,0 +1,147 @@
+"""Submissions: checked, stored and published together when they come together.
+
+Each is checked for itself and refused for itself. Those that pass are committed in one transaction, and only
+then are workers woken: while the next ones are checked and stored, since both mostly wait.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from service.api.body import JsonBody
+from service.api.submission import Catalogues, Fleet, Submission, prepare
+from service.api.together import Together
+from service.api.validation import read_spec
+from service.api.views import job_views
+from service.api.wakeup import wake_worker
+from service.api.wire import json_bytes
+from service.errors import StoreUnavailable
+from service.faultpoints import reach
+from service.settings import Settings
+from service.store import jobs
+from service.store.database import Database
+from service.store.records import absent
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a client asks for. With `dry_run` it is checked, and nothing is stored."""
+
+    tenant: str
+    body: JsonBody
+    dry_run: bool
+    idempotency_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The answer's JSON; the job's id, None of a dry run; whether this order made the job."""
+
+    body: bytes
+    job_id: str | None = None
+    created: bool = False
+
+
+class Intake:
+    """Takes the orders of one process."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings, self._database = settings, database
+        self._catalogues = Catalogues()
+        self._orders: Together[Order, Taken] = Together(self._visit)
+        self._wakes: Together[Taken, None] = Together(self._wake)
+
+    async def take(self, order: Order) -> Taken:
+        """Check `order`, store its job and wake a worker, in this order.
+
+        Raises:
+            InvalidRequest: the specification is not valid, or its key was used with another body.
+            StoreUnavailable: the database did not answer; nothing was stored.
+        """
+        taken = await self._orders.ask(order)
+        if taken.job_id is not None:
+            await self._wakes.ask(taken)
+        return taken
+
+    def _visit(self, orders: Sequence[Order]) -> list[Taken | Exception]:
+        answers: list[Taken | Exception | None] = []
+        wanted: dict[int, jobs.NewJob] = {}
+        with self._database.read() as session:
+            fleet = Fleet(session, self._settings, self._catalogues)
+            for index, order in enumerate(orders):
+                try:
+                    submission = prepare(read_spec(order.body), fleet)
+                except SQLAlchemyError:
+                    raise
+                except Exception as error:  # noqa: BLE001  # a defect that one body meets is not the others'
+                    answers.append(error)
+                    continue
+                answers.append(_verdict(submission) if order.dry_run else None)
+                if not order.dry_run:
+                    wanted[index] = _new_job(order, submission)
+        for index, outcome in zip(wanted, self._store(list(wanted.values())), strict=True):
+            answers[index] = outcome
+        return [answer for answer in answers if answer is not None]
+
+    def _store(self, wanted: Sequence[jobs.NewJob]) -> list[Taken | Exception]:
+        """Commit these together; where that cannot be, each for itself, so that none fails for another's."""
+        if not wanted:
+            return []
+        try:
+            return self._database.retry(lambda session: _stored(session, wanted))
+        except StoreUnavailable as error:
+            return [error] * len(wanted)
+        except Exception as error:  # noqa: BLE001  # of one alone it is told to its client, as a defect
+            if len(wanted) == 1:
+                return [error]
+            _log.warning("submitted_one_by_one", jobs=len(wanted), error=repr(error))
+        return [outcome for one in wanted for outcome in self._store([one])]
+
+    def _wake(self, committed: Sequence[Taken]) -> list[Exception | None]:
+        for taken in committed:
+            reach("submit.after_commit")
+            if taken.created and taken.job_id is not None:
+                wake_worker(self._settings, taken.job_id)
+            reach("submit.after_enqueue")
+        return [None] * len(committed)
+
+
+def _stored(session: Session, wanted: Sequence[jobs.NewJob]) -> list[Taken | Exception]:
+    outcomes = jobs.submit_all(session, wanted)
+    found = [outcome[0] for outcome in outcomes if isinstance(outcome, tuple)]
+    views = {view["id"]: json_bytes(view) for view in job_views(session, found)}
+    answers: list[Taken | Exception] = []
+    for outcome in outcomes:
+        if not isinstance(outcome, tuple):
+            answers.append(outcome)
+            continue
+        job, created = outcome
+        body = views.get(job.id)
+        answers.append(absent(job.id) if body is None else Taken(body, job.id, created))
+        reach("submit.before_commit")
+    return answers
+
+
+def _new_job(order: Order, submission: Submission) -> jobs.NewJob:
+    return jobs.NewJob(
+        tenant=order.tenant,
+        spec=submission.spec,
+        idempotency_key=order.idempotency_key,
+        body_hash=order.body.digest,
+        warnings=submission.warnings,
+    )
+
+
+def _verdict(submission: Submission) -> Taken:
+    document = {
+        "valid": True,
+        "warnings": list(submission.warnings),
+        "resolved": submission.spec.model_dump(mode="json"),
+        "capable_workers": submission.capable_workers,
+    }
+    return Taken(json_bytes(document))

@@ -1,0 +1,305 @@
+"""How jobs come: any number of them in as many statements as one, in one transaction.
+
+What is submitted at the same time shares the cost of a commit, which is most of a small one's.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Table, insert, select
+from sqlalchemy.orm import Session
+
+from service.contract.precision import PrecisionLevel
+from service.contract.spec import JobSpec
+from service.contract.states import JobState
+from service.errors import InvalidRequest
+from service.store.clock import db_now
+from service.store.records import Job, get, known_shape, state_event_row, storable, transition_row
+from service.store.tables import (
+    idempotency_keys,
+    job_events,
+    job_stats,
+    job_tags,
+    job_transitions,
+    jobs,
+)
+from service.store.upsert import insert_new, insert_new_rows
+from service.store.workers import Requirements
+
+_id_lock = threading.Lock()
+_last_id = 0
+
+
+def new_job_id() -> str:
+    """A UUIDv7 (RFC 9562): by time, and rising within this process even inside one millisecond."""
+    global _last_id  # noqa: PLW0603  # the order of ids within a process is process-wide state
+    fresh = (time.time_ns() // 1_000_000) << 74 | int.from_bytes(os.urandom(10)) >> 6
+    with _id_lock:
+        # 48 bits of milliseconds over 74 random ones; inside a millisecond the sequence counts on.
+        _last_id = max(fresh, _last_id + 1)
+        value = _last_id
+    high, low = value >> 62, value & ((1 << 62) - 1)
+    milliseconds, random_12 = high >> 12, high & 0xFFF
+    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | random_12 << 64 | 0b10 << 62 | low))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job to be queued.
+
+    Attributes:
+        tenant: whose it is.
+        spec: with its defaults filled in.
+        job_id: drawn once, so that a repeat after an unknown commit creates nothing.
+        idempotency_key: with the same `body_hash` it gives the job that is there.
+        body_hash: of what the client sent; default: the spec's own.
+        parent_id: the job that it retries; with `from_checkpoint` from that step.
+        fence: its fences go on after this one.
+        why: the reason of its first transition.
+        warnings: become events of it, after the one of its state.
+    """
+
+    tenant: str
+    spec: JobSpec
+    job_id: str = field(default_factory=new_job_id)
+    idempotency_key: str | None = None
+    body_hash: str | None = None
+    parent_id: str | None = None
+    from_checkpoint: int | None = None
+    fence: int = 0
+    why: str = "submitted"
+    warnings: tuple[str, ...] = ()
+
+
+def requirements(spec: JobSpec) -> Requirements:
+    """What a worker must offer to run this spec."""
+    precision = spec.precision
+    return Requirements(
+        device=spec.resources.device,
+        needs_bf16=precision.enabled
+        and precision.precision_level is PrecisionLevel.BF16
+        and not precision.allow_emulated_bf16,
+        min_memory_bytes=spec.resources.min_memory_bytes or 0,
+    )
+
+
+def submit(
+    s: Session,
+    *,
+    tenant: str,
+    spec: JobSpec,
+    idempotency_key: str | None = None,
+    body_hash: str | None = None,
+    parent_id: str | None = None,
+    from_checkpoint: int | None = None,
+    fence: int = 0,
+    why: str = "submitted",
+    job_id: str | None = None,
+) -> tuple[Job, bool]:
+    """Store a queued job; returns it and whether it was created for this `job_id`. See `NewJob`.
+
+    Raises:
+        InvalidRequest: `idempotency_key_reused`, the key was used with another body.
+    """
+    wanted = NewJob(
+        tenant=tenant,
+        spec=spec,
+        job_id=new_job_id() if job_id is None else job_id,
+        idempotency_key=idempotency_key,
+        body_hash=body_hash,
+        parent_id=parent_id,
+        from_checkpoint=from_checkpoint,
+        fence=fence,
+        why=why,
+    )
+    [found] = submit_all(s, [wanted])
+    if isinstance(found, InvalidRequest):
+        raise found
+    return found
+
+
+def submit_all(s: Session, wanted: Sequence[NewJob]) -> list[tuple[Job, bool] | InvalidRequest]:
+    """`submit` of each, in as many statements as of one; an error in the place of one refuses that one alone.
+
+    Raises:
+        NotFound: an id is none.
+    """
+    taken: dict[str, str | InvalidRequest] = {}  # new job's id → the job that has its key already
+    # In one order everywhere, so that two processes that take the same keys at once do not deadlock.
+    for new in sorted(wanted, key=lambda new: (new.tenant, new.idempotency_key or "")):
+        if new.idempotency_key is not None:
+            held = _take_key(s, new)
+            if held is not None:
+                taken[new.job_id] = held
+    fresh = [new for new in wanted if new.job_id not in taken]
+    created = _insert(s, fresh) if fresh else {}
+    answers: list[tuple[Job, bool] | InvalidRequest] = []
+    for new in wanted:
+        held = taken.get(new.job_id)
+        if isinstance(held, InvalidRequest):
+            answers.append(held)
+        elif held is not None:
+            # Held for this very id: its commit took place, and the answer to it was lost.
+            answers.append((get(s, held, tenant=new.tenant), held == new.job_id))
+        else:
+            answers.append((created.get(new.job_id) or get(s, new.job_id, tenant=new.tenant), True))
+    return answers
+
+
+def _insert(s: Session, wanted: Sequence[NewJob]) -> dict[str, Job]:
+    """The jobs that were not there yet, by id."""
+    now: float = s.execute(select(db_now())).scalar_one()
+    documents = {new.job_id: new.spec.model_dump(mode="json") for new in wanted}
+    rows = [_job_row(new, documents[new.job_id], now) for new in wanted]
+    ids = set(s.scalars(insert_new_rows(s, jobs).returning(jobs.c.id), rows))
+    new_ones = [new for new in wanted if new.job_id in ids]
+    created = {new.job_id: _job(new, documents[new.job_id], now) for new in new_ones}
+    if not created:
+        return created
+    tags = [
+        {"job_id": new.job_id, "key": key, "value": value}
+        for new in new_ones
+        for key, value in new.spec.tags.items()
+    ]
+    if tags:
+        _insert_rows(s, job_tags, tags)
+    _insert_rows(s, job_stats, [_stats_row(new, now) for new in new_ones])
+    _insert_rows(
+        s,
+        job_transitions,
+        [transition_row(new.job_id, 1, now, JobState.QUEUED, new.why) for new in new_ones],
+    )
+    events: list[dict[str, Any]] = []
+    for new in new_ones:
+        events.append(state_event_row(created[new.job_id], 1, now, JobState.QUEUED, new.why))
+        events += _warning_rows(new, now)
+    _insert_rows(s, job_events, events)
+    return created
+
+
+def _insert_rows(s: Session, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+    # Many rows go into one statement only where it returns something; else each is a statement of its own.
+    s.execute(insert(table).returning(table.c.job_id), rows)
+
+
+def _job_row(new: NewJob, document: dict[str, Any], now: float) -> dict[str, Any]:
+    needs = requirements(new.spec)
+    return {
+        "id": known_shape(new.job_id),
+        "tenant": new.tenant,
+        "name": new.spec.name,
+        "state": JobState.QUEUED,
+        "spec": document,
+        "tags": new.spec.tags,
+        "parent_id": new.parent_id,
+        "from_checkpoint": new.from_checkpoint,
+        "precedence": -new.spec.priority,
+        "attempt": 1,
+        "max_attempts": new.spec.max_attempts,
+        "device": needs.device,
+        "needs_bf16": needs.needs_bf16,
+        "min_memory_bytes": needs.min_memory_bytes,
+        "fence": new.fence,
+        "created_at": now,
+        "queued_at": now,
+        "publishes": 0,
+        "publish_due": now,
+    }
+
+
+def _job(new: NewJob, document: dict[str, Any], now: float) -> Job:
+    return Job(
+        id=new.job_id,
+        tenant=new.tenant,
+        name=new.spec.name,
+        state=JobState.QUEUED,
+        status_reason=None,
+        spec=document,
+        attempt=1,
+        max_attempts=new.spec.max_attempts,
+        priority=new.spec.priority,
+        tags=dict(new.spec.tags),
+        parent_id=new.parent_id,
+        from_checkpoint=new.from_checkpoint,
+        worker=None,
+        fence=new.fence,
+        created_at=now,
+        started_at=None,
+        finished_at=None,
+        requested=None,
+    )
+
+
+def _stats_row(new: NewJob, now: float) -> dict[str, Any]:
+    entries = 1 + len(new.warnings)
+    return {
+        "job_id": new.job_id,
+        "version": entries,
+        "last_event": entries,
+        "last_transition": 1,
+        "mode": new.spec.precision.mode,
+        "precision_level": new.spec.precision.precision_level,
+        "overflow_threshold": new.spec.precision.overflow_threshold,
+        "current_step": 0,
+        "overflow_count": 0,
+        "underflow_count": 0,
+        "nan_count": 0,
+        "skipped_steps": 0,
+        "scale_sum": 0.0,
+        "epoch_loss_sum": 0.0,
+        "epoch_losses": 0,
+        "overflow_budget_exceeded": False,
+        "updated_at": now,
+    }
+
+
+def _warning_rows(new: NewJob, now: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "job_id": new.job_id,
+            "seq": seq,
+            "at": now,
+            "type": "warning",
+            "level": "warning",
+            "message": storable(warning),
+            "data": None,
+        }
+        for seq, warning in enumerate(new.warnings, start=2)
+    ]
+
+
+def _take_key(s: Session, new: NewJob) -> str | InvalidRequest | None:
+    """Reserve the key for the new job; else the id of the job that has it, or the refusal of another body."""
+    document = new.spec.model_dump(mode="json")
+    body_hash = new.body_hash or hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    taken = s.execute(
+        insert_new(
+            s,
+            idempotency_keys,
+            tenant=new.tenant,
+            key=new.idempotency_key,
+            body_hash=body_hash,
+            job_id=known_shape(new.job_id),
+            created_at=db_now(),
+        ).returning(idempotency_keys.c.job_id)
+    ).one_or_none()
+    if taken is not None:
+        return None
+    held = s.execute(
+        select(idempotency_keys.c.body_hash, idempotency_keys.c.job_id).where(
+            idempotency_keys.c.tenant == new.tenant, idempotency_keys.c.key == new.idempotency_key
+        )
+    ).one()
+    if held.body_hash != body_hash:
+        return InvalidRequest(
+            "this Idempotency-Key was used with another body; use a new key for a new job",
+            code="idempotency_key_reused",
+        )
+    return str(held.job_id)
