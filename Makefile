@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 GPU_PYTHON ?= $(BIN)/python
-BENCHMARKS := accuracy overhead record latency
+BENCHMARKS := accuracy overhead record latency api
 # Two at a time: most of what a test waits for are other processes.
 TEST_WORKERS ?= 2
 

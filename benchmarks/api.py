@@ -1,8 +1,11 @@
 """The HTTP API: requests a second and their times, by one API process over a record of a million steps.
 
 POST /jobs, GET /stats and its 304, on SQLite and PostgreSQL, with 16 connections and with one; then the same
-while a worker trains two jobs on the same cores. Beside it, in the same run: MLflow's server. A route that
+while a worker trains two jobs on the same cores. Beside it, in the same rounds: MLflow's server. A route that
 asks nothing shows what the framework leaves to be had. `--quick` is a smoke test.
+
+A whole run takes ten minutes; `--databases sqlite --add`, then `--databases postgresql --add`, is the same in
+two parts.
 """
 
 import http.client
@@ -18,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from benchmarks import peer_mlflow
 from benchmarks.databases import LOCAL_SERVER, new_database
@@ -54,6 +57,14 @@ TRAINED = {
 }
 
 
+class Asked(NamedTuple):
+    """A request to whoever listens on `port`, and the status of its answer."""
+
+    port: int
+    request: str
+    status: int
+
+
 def main() -> None:
     parser = options("api", __doc__)
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"])
@@ -63,14 +74,18 @@ def main() -> None:
     parser.add_argument("--postgres", default=LOCAL_SERVER)
     parser.add_argument("--directory", type=Path, help="where the files go; default: a temporary one")
     parser.add_argument("--mlflow-python", type=Path, help="an interpreter that has MLflow")
-    parser.add_argument("--without", nargs="*", default=[], choices=["training"])
+    parser.add_argument("--without", nargs="*", default=[], choices=["idle", "training"])
+    parser.add_argument("--add", action="store_true", help="a part of a run: keep the file's other figures")
     parser.add_argument("--quick", action="store_true", help="few steps, short loads: proves that it runs")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.rounds, arguments.seconds = 20_000, 1, 2.0
     settings = {
-        name: getattr(arguments, name) for name in ("databases", "steps", "rounds", "seconds", "without")
+        name: getattr(arguments, name)
+        for name in ("databases", "steps", "rounds", "seconds", "without", "quick")
     }
+    if arguments.mlflow_python is None:
+        print("MLflow: absent; name an interpreter that has it with --mlflow-python")
     report = Report("api", settings)
     for kind in arguments.databases:
         with ExitStack() as stack:
@@ -79,16 +94,19 @@ def main() -> None:
             job = _filled(url, arguments.steps)
             installation = stack.enter_context(_Installation(directory, url))
             loads = installation.loads(job)
-            rounds = (arguments.rounds, arguments.seconds, installation.port)
-            _report(report, f"{kind}/idle", loads, *rounds)
+            rounds = (arguments.rounds, arguments.seconds)
+            if "idle" not in arguments.without:
+                with ExitStack() as beside:
+                    if arguments.mlflow_python is not None:
+                        server = beside.enter_context(peer_mlflow.server(arguments.mlflow_python))
+                        peers = _mlflow(server)
+                    else:
+                        peers = {}
+                    _report(report, f"{kind}/idle", loads | peers, *rounds)
             if "training" not in arguments.without:
                 with installation.training():
                     _report(report, f"{kind}/two jobs training", loads, *rounds)
-    if arguments.mlflow_python is None:
-        print("MLflow: absent; name an interpreter that has it with --mlflow-python")
-    else:
-        _mlflow(report, arguments.mlflow_python, arguments.rounds, arguments.seconds)
-    report.write(arguments.out)
+    report.write(arguments.out, add=arguments.add)
 
 
 def _filled(url: str, steps: int) -> Job:
@@ -141,15 +159,15 @@ class _Installation:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def loads(self, job: Job) -> dict[str, tuple[str, int]]:
-        """Each request that is measured, and the status of its answer."""
+    def loads(self, job: Job) -> dict[str, Asked]:
+        """Each request that is measured."""
         path = f"/jobs/{job.id}/stats"
         _, etag = self.call("GET", path)
         return {
-            "a route that asks nothing": (request("GET", "/health/live"), 200),
-            "GET stats": (request("GET", path), 200),
-            "GET stats, 304": (request("GET", path, if_none_match=str(etag)), 304),
-            "POST jobs": (request("POST", "/jobs", SUBMITTED), 202),
+            "a route that asks nothing": Asked(self.port, request("GET", "/health/live"), 200),
+            "GET stats": Asked(self.port, request("GET", path), 200),
+            "GET stats, 304": Asked(self.port, request("GET", path, if_none_match=str(etag)), 304),
+            "POST jobs": Asked(self.port, request("POST", "/jobs", SUBMITTED), 202),
         }
 
     @contextmanager
@@ -207,15 +225,13 @@ class _Installation:
         return process
 
 
-def _report(
-    report: Report, at: str, loads: Mapping[str, tuple[str, int]], rounds: int, seconds: float, port: int
-) -> None:
+def _report(report: Report, at: str, loads: Mapping[str, Asked], rounds: int, seconds: float) -> None:
     """Each load in turn, again and again, so that the machine's moods fall on all of them alike."""
     found: dict[tuple[str, int], list[Served]] = defaultdict(list)
     for _ in range(rounds):
-        for name, (text, status) in loads.items():
+        for name, asked in loads.items():
             for connections in CONNECTIONS:
-                served = measure(Load(port, text, status, connections, seconds))
+                served = measure(Load(asked.port, asked.request, asked.status, connections, seconds))
                 found[name, connections].append(served)
     for (name, connections), served in found.items():
         of = f"{at}/{name}, {connections} connection{'s' * (connections > 1)}"
@@ -224,15 +240,17 @@ def _report(
         report.add(f"{of}, p99", [one.p99 for one in served], unit="ms", better="lower")
 
 
-def _mlflow(report: Report, python: Path, rounds: int, seconds: float) -> None:
-    with peer_mlflow.server(python) as server:
-        run = server.new_run()
-        created = {"experiment_id": "0", "start_time": int(time.time() * 1000), "tags": []}
-        loads = {
-            "runs/create": (request("POST", "/api/2.0/mlflow/runs/create", created), 200),
-            "runs/get": (request("GET", f"/api/2.0/mlflow/runs/get?run_id={run}"), 200),
-        }
-        _report(report, "mlflow/idle", loads, rounds, seconds, server.port)
+def _mlflow(server: peer_mlflow.Mlflow) -> dict[str, Asked]:
+    """What MLflow is asked: to make a run, and to tell of one."""
+    run = server.new_run()
+    created = {"experiment_id": "0", "start_time": int(time.time() * 1000), "tags": []}
+    told = f"/api/2.0/mlflow/runs/get?run_id={run}"
+    return {
+        "MLflow runs/create": Asked(
+            server.port, request("POST", "/api/2.0/mlflow/runs/create", created), 200
+        ),
+        "MLflow runs/get": Asked(server.port, request("GET", told), 200),
+    }
 
 
 def _until(reached: Callable[[], bool], what: str) -> None:
