@@ -328,12 +328,15 @@ def write_as_before(
 
 def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database) -> None:
     with small_grid():
-        job = running(database)
+        job, other = running(database), running(database)
+        with database.begin() as s:  # its chunks begin elsewhere
+            metrics.append(s, other.id, other.fence, steps(1, 120), LIVE)
         rows = OLD_ROWS + [step(n, loss=float(n % 7), nan=n % 11 == 0) for n in range(6, 120)]
         old = rows[:75]
         write_as_before(database, job.id, old, [5, 6, 29, 61, 71, 75])
         for points in (1, 4, 9, 75):
             assert_exact(database, job.id, old, max_points=points)
+        assert_exact(database, job.id, old, from_step=45, to_step=66, max_points=30)
         with database.begin() as s:  # on from step 75, inside the cell that began at 73
             metrics.append(s, job.id, job.fence, rows[75:118], LIVE)
         for points, low in ((1, 1), (4, 1), (9, 20), (118, 1), (5, 60)):
@@ -341,10 +344,16 @@ def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database)
         with database.read() as s:
             whole = metrics.read(s, job.id, limit=1000, fields=None)
             wanted = [tuple(map(exact, row)) for row in rows[:118]]
-            begins = s.scalars(select(metric_chunks.c.first_step).order_by("first_step")).all()
+            begins = s.scalars(
+                select(metric_chunks.c.first_step)
+                .where(metric_chunks.c.job_id == job.id)
+                .order_by("first_step")
+            ).all()
             assert [tuple(map(exact, row)) for row in zip(*whole.columns.values(), strict=True)] == wanted
             sealed = s.scalars(
-                select(metric_rollups.c.first_step).where(metric_rollups.c.level == 1).order_by("first_step")
+                select(metric_rollups.c.first_step)
+                .where(metric_rollups.c.job_id == job.id, metric_rollups.c.level == 1)
+                .order_by("first_step")
             ).all()
         # The old chunk 72..75 began in another cell of the grid, and is not joined.
         assert begins == [1, 6, 7, 30, 62, 72, 76, 81, 89, 97, 105, 113]
