@@ -7,13 +7,17 @@ import random
 import re
 from pathlib import Path
 
+import pytest
+
 from service.store import jobs, metrics
 from service.store.database import Database
 from service.store.schema import migrate
 from tests.e2e.cluster import ROOT
 from tests.faults import audit
-from tests.faults.injections import Injector
+from tests.faults.checker import Change
+from tests.faults.injections import Fault, Injector
 from tests.faults.kinds import DRAIN, KILLS, KINDS, ONCE, POINTS, schedule
+from tests.faults.points import Strike
 from tests.store.making import LIVE, claimed, steps, submitted
 
 
@@ -35,6 +39,43 @@ def test_every_kind_of_fault_can_be_injected_and_half_of_a_run_are_kills() -> No
     assert set(drawn) == set(KINDS)
     assert sum(kind in KILLS for kind in drawn) >= 30
     assert not [kind for kind in schedule(70, "sqlite", random.Random(1)) if kind.startswith("postgres")]
+
+
+def moved(at: float, old: str, new: str, fence: int) -> Change:
+    return Change(at, "a", "state", old, new, fence - (new == "starting"), fence)
+
+
+def taken(at: float, fence: int) -> Change:
+    return Change(at, "a", "steps", 0, 5, fence, fence, writer=fence)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds"),
+    [
+        ([moved(9.0, "queued", "starting", 1), taken(10.5, 1), taken(13.0, 2)], 3.0),
+        ([moved(9.0, "queued", "starting", 1), moved(12.0, "cancelling", "cancelled", 1)], 2.0),
+        ([moved(11.0, "queued", "starting", 1), taken(12.5, 1)], 2.5),  # nobody held it yet
+        ([moved(9.0, "queued", "starting", 1), moved(9.5, "running", "succeeded", 1)], None),
+    ],
+    ids=["not by what the old attempt still wrote", "by its end", "by its first step", "nothing was left"],
+)
+def test_a_job_has_recovered_once_a_newer_attempt_takes_a_step(
+    changes: list[Change], seconds: float | None
+) -> None:
+    assert Strike("child.step", 1, hits=[10.0], job_ids=["a"]).recovery(changes) == seconds
+
+
+def test_a_fault_that_arms_a_point_has_hit_once_a_process_came_by() -> None:
+    class Armed:
+        def hits(self) -> list[dict[str, object]]:
+            return [{"point": "child.step", "at": 3.0}]
+
+    injector = Injector(Armed(), None, random.Random(1))  # type: ignore[arg-type]  # all that is asked of them
+    early, met, late = (Fault("crash point", at, point="child.step") for at in (1.0, 2.0, 4.0))
+    other = Fault("disk full", 1.0, point="checkpoint.after_write")
+    injector.faults += [early, met, late, other]
+    injector.judge_armed()
+    assert [fault.hit for fault in (early, met, late, other)] == [False, True, False, False]
 
 
 def test_the_triggers_note_states_steps_and_checkpoints(tmp_path: Path) -> None:
