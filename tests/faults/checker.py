@@ -249,11 +249,11 @@ def what_is_cancelled_stays_so(evidence: Evidence) -> Iterable[Finding]:
         states = [state for state, _, _ in job.states]
         if states and any(state in TERMINAL for state in states[:-1]):
             yield job_id, f"went on after its end: {states}"
-    asked = _cancelled(evidence)
+    accepted = _cancelled(evidence, answered=True)
     for change in evidence.changes:
         if change.job_id in ended and change.at > ended[change.job_id] + 0.001 and change.kind != "state":
             yield change.job_id, f"{change.kind} {change.new} written after its end"
-        limit = asked.get(change.job_id, math.inf) + CANCEL_GRACE_SECONDS
+        limit = accepted.get(change.job_id, math.inf) + CANCEL_GRACE_SECONDS
         if change.kind == "steps" and change.at > limit:
             yield change.job_id, f"steps to {change.new} written {change.at - limit:.1f} s after the grace"
 
@@ -335,11 +335,13 @@ def check(evidence: Evidence) -> list[Violation]:
     ]
 
 
-def _cancelled(evidence: Evidence) -> dict[str, float]:
-    """When a cancel was first sent, answered or not."""
+def _cancelled(evidence: Evidence, *, answered: bool = False) -> dict[str, float]:
+    """When a cancel was first sent: one without an answer may or may not have arrived."""
     asked: dict[str, float] = {}
     for request in evidence.history:
         if request.path.endswith("/cancel") and request.job_id is not None:
+            if answered and request.status != 200:
+                continue
             asked.setdefault(request.job_id, request.at)
     return asked
 

@@ -60,6 +60,7 @@ class Injector:
     def __init__(self, installation: Installation, client: Client, draw: random.Random) -> None:
         self.installation, self.client, self.draw = installation, client, draw
         self.faults: list[Fault] = []
+        self.crowded = threading.Event()  # asks for more jobs than there are workers
         self.to_resume: set[str] = set()  # asked to pause; whoever waits for the end resumes them
 
     def inject(self, kind: str) -> Fault:
@@ -95,7 +96,10 @@ class Injector:
                 armed[-1].hit = True
 
     def somebody_runs(self, fault: Fault) -> None:
-        fault.hit = bool(self.installation.holders())
+        deadline = time.monotonic() + 5.0
+        while not (running := bool(self.installation.holders())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        fault.hit = running
 
     def kill_worker(self, fault: Fault) -> None:
         worker = self.victim(fault)
@@ -290,11 +294,16 @@ class Injector:
 
     def _damage(self, fault: Fault, damage: Damage) -> None:
         """Of a job that trains, the newest; then its process is killed, so that it must be read again."""
+        deadline = time.monotonic() + 20.0
+        while not self._damage_once(fault, damage) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _damage_once(self, fault: Fault, damage: Damage) -> bool:
         worker = self.victim(fault)
         fault.hit = False
         child = None if worker is None else self.installation.child(worker)
         if worker is None or child is None or fault.job_id is None:
-            return
+            return False
         deadline = time.monotonic() + 2.0
         while time.monotonic() < deadline and not self._going_back_is_possible(fault.job_id):
             time.sleep(0.02)
@@ -310,6 +319,7 @@ class Injector:
             _signal(child, signal.SIGKILL)
         else:
             _signal(child, signal.SIGCONT)
+        return fault.hit
 
     def _going_back_is_possible(self, job_id: str) -> bool:
         """Damage is survived where there is an older checkpoint."""
@@ -349,7 +359,9 @@ class Injector:
             self.installation.restart_under(worker, environment)
 
     def cancel_what_is_queued(self, fault: Fault) -> None:
+        self.crowded.set()
         self._cancel(fault, self._find(JobState.QUEUED))
+        self.crowded.clear()
 
     def cancel_what_starts(self, fault: Fault) -> None:
         self._cancel(fault, self._find(JobState.STARTING))
@@ -383,14 +395,22 @@ class Injector:
         if job_id is None:
             return None
         self.to_resume.add(job_id)
-        status, _ = self.client.ask("POST", f"/jobs/{job_id}/pause", job_id=job_id)
-        return job_id if status == 200 else None
+        return job_id if self._insist(f"/jobs/{job_id}/pause", job_id) else None
 
     def _cancel(self, fault: Fault, job_id: str | None) -> None:
         if job_id is not None:
             fault.job_id = job_id
-            status, _ = self.client.ask("POST", f"/jobs/{job_id}/cancel", job_id=job_id)
-            fault.hit = fault.hit or status == 200
+            fault.hit = self._insist(f"/jobs/{job_id}/cancel", job_id)
+
+    def _insist(self, path: str, job_id: str) -> bool:
+        """Ask until there is an answer; whether it was yes."""
+        deadline = time.monotonic() + 30.0
+        while time.monotonic() < deadline:
+            status, _ = self.client.ask("POST", path, job_id=job_id)
+            if status not in {None, 503}:
+                return status == 200
+            time.sleep(0.1)
+        return False
 
     def _find(self, state: JobState) -> str | None:
         """A job in this state; waited for a little."""

@@ -164,7 +164,8 @@ class Campaign:
         feeder = threading.Thread(target=self._feed, args=(names,), name="feeder", daemon=True)
         feeder.start()
         for number, kind in enumerate(kinds):
-            due = number * len(names) / max(1, len(kinds))
+            # All of them before the last jobs are there: what is armed waits for somebody to come by.
+            due = 0.9 * number * len(names) / max(1, len(kinds))
             while self._ended() < due - len(self._installation.workers) and feeder.is_alive():
                 time.sleep(0.1)
             time.sleep(self._draw.uniform(0.0, settle))
@@ -179,8 +180,11 @@ class Campaign:
     def _feed(self, names: Sequence[str]) -> None:
         try:
             for name in names:
-                while self._open() > 2 * len(self._installation.workers):
-                    time.sleep(0.1)
+                # One worker is left for what loses its own: recovery is no wait for others' ends.
+                while self._open() >= len(self._installation.workers) - 1 and not (
+                    self.injector.crowded.is_set() and self._open() <= 2 * len(self._installation.workers)
+                ):
+                    time.sleep(0.05)
                 self.submit(name)
         except BaseException as error:  # noqa: BLE001 - raised again by `run`
             self._failure = error

@@ -70,6 +70,7 @@ def good() -> Evidence:
             Request(0.6, "POST", "/jobs", key="one", status=202, job_id="a"),
             Request(0.7, "POST", "/jobs", key="two", status=202, job_id="b"),
             Request(3.5, "POST", "/jobs/b/cancel", status=503, job_id="b", retry_after="1"),
+            Request(3.6, "POST", "/jobs/b/cancel", status=200, job_id="b"),
         ],
         jobs={"a": a, "b": b},
         keys=[("one", "a"), ("two", "b")],
@@ -248,6 +249,24 @@ BROKEN: list[tuple[str, str, Callable[[Evidence], Evidence]]] = [
 
 def test_a_run_that_went_well_has_no_violation() -> None:
     assert check(good()) == []
+
+
+@pytest.mark.parametrize("state", ["succeeded", "cancelled"])
+def test_a_cancel_without_an_answer_may_or_may_not_have_arrived(state: str) -> None:
+    late = 9.0 + CANCEL_GRACE_SECONDS
+    evidence = request(good(), Request(1.0, "POST", "/jobs/a/cancel", status=None, job_id="a"))
+    lived = [*LIFE[:-1], *(["cancelling"] if state == "cancelled" else []), state]
+    seen = [(name, at, None) for at, name in enumerate(lived[:-1], start=1)]
+    evidence = job(evidence, state=state, states=[*seen, (state, late, None)])
+    evidence = dataclasses.replace(
+        evidence,
+        changes=[
+            *moves("a", lived)[:-1],
+            *(each for each in good().changes if each.job_id == "b" or each.kind != "state"),
+            Change(late - 1.0, "a", "steps", 4, 4, 2, 2, writer=2),
+        ],
+    )
+    assert check(evidence) == []
 
 
 @pytest.mark.parametrize(
