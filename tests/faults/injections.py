@@ -22,9 +22,10 @@ from service.contract.states import JobState
 from service.queue import RUN_JOB, make_celery
 from service.store import jobs
 from tests.e2e.cluster import ROOT, children_of
+from tests.faults.checker import Change
 from tests.faults.client import Client
 from tests.faults.installation import LEASE_SECONDS, Installation
-from tests.faults.kinds import POINTS
+from tests.faults.kinds import DRAIN, KILLS, POINTS
 from tests.faults.variants import SAVE_EVERY
 
 MOST_FROZEN_SECONDS = 10.0 * LEASE_SECONDS  # where every other worker is busy with a long job
@@ -88,12 +89,25 @@ class Injector:
             time.sleep(0.05)
         return None
 
-    def judge_armed(self) -> None:
-        """Say of each fault that armed a point whether a process came by."""
+    def judge(self, changes: Sequence[Change]) -> None:
+        """Say what hit, now that all is over.
+
+        A fault that armed a point did where a process came by; a kill or a drain where the job went back to
+        the queue for it, since a job may end in the very moment that its process is chosen.
+        """
         for met in self.installation.hits():
             armed = [f for f in self.faults if f.point == met["point"] and f.at <= met["at"]]
             if armed:
                 armed[-1].hit = True
+        given_back: dict[tuple[str, int], float] = {
+            (change.job_id, change.old_fence): change.at
+            for change in changes
+            if change.kind == "state" and change.new == JobState.QUEUED
+        }
+        for fault in self.faults:
+            if fault.kind in {*KILLS, DRAIN} and fault.job_id is not None and fault.fence is not None:
+                at = given_back.get((fault.job_id, fault.fence), 0.0)
+                fault.hit = fault.hit and at >= fault.at
 
     def somebody_runs(self, fault: Fault) -> None:
         deadline = time.monotonic() + 5.0

@@ -167,6 +167,7 @@ class Campaign:
             # All of them before the last jobs are there: what is armed waits for somebody to come by.
             due = 0.9 * number * len(names) / max(1, len(kinds))
             while self._ended() < due - len(self._installation.workers) and feeder.is_alive():
+                self.injector.resume_paused()
                 time.sleep(0.1)
             time.sleep(self._draw.uniform(0.0, settle))
             self.injector.inject(kind)
@@ -239,7 +240,6 @@ def run(
         campaign.take_references(variants)
         kinds = schedule(faults, database, random.Random(seed)) if isinstance(faults, int) else faults
         campaign.run(kinds)
-        campaign.injector.judge_armed()
         evidence = audit.gather(
             installation.database,
             installation.data_dir,
@@ -247,6 +247,7 @@ def run(
             references=campaign.references,
         )
         campaign.client.close()
+        campaign.injector.judge(evidence.changes)
         return Result(
             seed=seed,
             database=database,

@@ -5,6 +5,7 @@ The database's own notes see what the checker needs.
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -65,17 +66,31 @@ def test_a_job_has_recovered_once_a_newer_attempt_takes_a_step(
     assert Strike("child.step", 1, hits=[10.0], job_ids=["a"]).recovery(changes) == seconds
 
 
-def test_a_fault_that_arms_a_point_has_hit_once_a_process_came_by() -> None:
-    class Armed:
-        def hits(self) -> list[dict[str, object]]:
-            return [{"point": "child.step", "at": 3.0}]
+class Armed:
+    """All of an installation that is asked when a run is over."""
 
+    def hits(self) -> list[dict[str, object]]:
+        return [{"point": "child.step", "at": 3.0}]
+
+
+def judged(*faults: Fault, changes: Sequence[Change] = ()) -> list[bool]:
     injector = Injector(Armed(), None, random.Random(1))  # type: ignore[arg-type]  # all that is asked of them
+    injector.faults += faults
+    injector.judge(changes)
+    return [fault.hit for fault in faults]
+
+
+def test_a_fault_that_arms_a_point_has_hit_once_a_process_came_by() -> None:
     early, met, late = (Fault("crash point", at, point="child.step") for at in (1.0, 2.0, 4.0))
     other = Fault("disk full", 1.0, point="checkpoint.after_write")
-    injector.faults += [early, met, late, other]
-    injector.judge_armed()
-    assert [fault.hit for fault in (early, met, late, other)] == [False, True, False, False]
+    assert judged(early, met, late, other) == [False, True, False, False]
+
+
+def test_a_kill_has_hit_where_the_job_went_back_to_the_queue_for_it() -> None:
+    first = Fault("kill child", 2.0, hit=True, job_id="a", fence=1)
+    second = Fault("kill child", 5.0, hit=True, job_id="a", fence=2)
+    changes = [moved(2.5, "running", "queued", 1), moved(5.5, "running", "succeeded", 2)]
+    assert judged(first, second, changes=changes) == [True, False]
 
 
 def test_the_triggers_note_states_steps_and_checkpoints(tmp_path: Path) -> None:
