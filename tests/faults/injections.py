@@ -163,7 +163,7 @@ class Injector:
         """Until another holds the job, and in half of all cases longer.
 
         The moment after a claim tells most: the new attempt has not yet cut the record back, so that nothing
-        but the fence refuses what the old one adds.
+        but the fence refuses what the old one adds. That moment is made long enough.
         """
         longer = self.draw.choice((0.0, self.draw.uniform(0.0, 2.0 * LEASE_SECONDS)))
         for pid in (worker, *children):
@@ -171,12 +171,24 @@ class Injector:
         deadline = time.monotonic() + MOST_FROZEN_SECONDS
         while not self._moved_on(fault) and time.monotonic() < deadline:
             time.sleep(0.01)
+        newer = [] if longer else self._processes_of(fault.job_id)
+        for pid in newer:
+            _signal(pid, signal.SIGSTOP)
         time.sleep(longer)
         for pid in children:
             _signal(pid, signal.SIGCONT)
         if children:
             time.sleep(ZOMBIE_SECONDS)
-        _signal(worker, signal.SIGCONT)
+        for pid in (*newer, worker):
+            _signal(pid, signal.SIGCONT)
+
+    def _processes_of(self, job_id: str | None) -> list[int]:
+        """The worker that holds the job now, and its children."""
+        for worker, (held, _, _) in self.installation.holders().items():
+            if held == job_id:
+                pid = self.installation.pid(worker)
+                return [pid, *children_of(pid)]
+        return []
 
     def _moved_on(self, fault: Fault) -> bool:
         """Another attempt has claimed the job, or none will."""

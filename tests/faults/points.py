@@ -228,7 +228,7 @@ class Result:
         if not strike.reached:
             return f"reached {len(strike.hits)} times"
         seconds = strike.recovery(self.changes)
-        return "ended before" if seconds is None else f"{seconds:.1f}"
+        return "had ended" if seconds is None else f"{seconds:.1f}"
 
     def _whose(self, violation: Violation) -> str:
         struck = [f"{s.point} x {s.times}" for s in self.strikes if violation.job_id in s.job_ids]
