@@ -87,23 +87,32 @@ def _sweep(settings: Settings, database: Database) -> None:
     end = time.monotonic() + SWEEP_SECONDS
     with database.read() as session:
         left = jobs.unswept(session, limit=BATCH)
+    stored = storage(settings)
+    told = False
     for job_id, files in left:
-        failed = storage(settings).remove_job(job_id, files.removable, keep=files.shared)
+        failed = stored.remove_job(job_id, files.removable, keep=files.shared)
         for path, error in failed.items():
             log.error("path not removed", path=path, error=str(error))
+        refused = stored.remove_remote_job(job_id, files.removable, keep=files.shared)
+        if refused is not None:  # the deletion stays on record, and is tried again
+            if not told:
+                log.warning("checkpoints not removed yet", job_id=job_id, error=str(refused))
+            told = True
+            continue
         while True:
             began = time.monotonic()
             done = database.retry(partial(jobs.sweep, job_id=job_id))
             # Whoever waits for SQLite's lock looks for it now and then: half of the time it must be free.
             time.sleep(time.monotonic() - began)
-            if done:
-                break
             if time.monotonic() > end:
                 return
+            if done:
+                break
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
     """Rounds every `dispatch_seconds` until `stop` is set."""
+    storage(settings)  # a URL that nothing serves is told now
     database = Database(settings.sql_url)
     schema.check_current(database)
     log.info("dispatcher ready", every_seconds=settings.dispatch_seconds)

@@ -15,13 +15,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-_FROM_FILE = ("DATABASE_URL", "BROKER_URL", "BOOTSTRAP_KEY")
+_FROM_FILE = ("DATABASE_URL", "BROKER_URL", "BOOTSTRAP_KEY", "CHECKPOINT_URL")
 
 
 class Settings(BaseSettings):
     """One immutable object per process; read once at its edge and handed inward."""
 
-    model_config = SettingsConfigDict(env_prefix="HALFSTEP_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="HALFSTEP_",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # URLs have passwords in them
+    )
 
     data_dir: Path = Field(
         default=Path("~/.local/share/halfstep"),
@@ -30,6 +36,15 @@ class Settings(BaseSettings):
     database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data directory.")
     broker_url: str = Field(
         default="", description="redis:// URL; empty: the embedded Valkey on a socket in the data directory."
+    )
+    checkpoint_url: str = Field(
+        default="",
+        description="fsspec URL (s3://bucket/prefix) that keeps checkpoints; empty: the data directory.",
+    )
+    checkpoint_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="For storing or fetching one checkpoint at that URL; at most half of the stall limit.",
     )
     host: str = Field(default="127.0.0.1", description="Address the API binds.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port the API binds.")
@@ -125,12 +140,28 @@ class Settings(BaseSettings):
             raise ValueError("must be a redis://, rediss:// or unix:// URL, or empty for the embedded broker")
         return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
 
+    @field_validator("checkpoint_url")
+    @classmethod
+    def _one_url(cls, url: str) -> str:
+        if url and ("://" not in url or "::" in url):
+            raise ValueError(
+                "HALFSTEP_CHECKPOINT_URL must be one URL such as s3://bucket/prefix or file:///directory, or "
+                "empty for the data directory"
+            )
+        return url
+
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         if self.heartbeat_seconds * 3 > self.lease_seconds:
             message = (
                 f"HALFSTEP_HEARTBEAT_SECONDS={self.heartbeat_seconds:g} leaves no room for two missed beats "
                 f"in HALFSTEP_LEASE_SECONDS={self.lease_seconds:g}; use at most a third of the lease"
+            )
+            raise ValueError(message)
+        if self.checkpoint_url and self.checkpoint_seconds * 2 > self.stall_seconds:
+            message = (
+                f"HALFSTEP_CHECKPOINT_SECONDS={self.checkpoint_seconds:g} lets a slow store look like "
+                f"a stalled job under HALFSTEP_STALL_SECONDS={self.stall_seconds:g}; use at most half of it"
             )
             raise ValueError(message)
         return self

@@ -1,20 +1,29 @@
 """Where jobs leave their files, as the processes without torch see it: open one, remove what is left.
 
+They lie below the data directory, or at HALFSTEP_CHECKPOINT_URL under the same relative names; those of
+before it was set are still found in the data directory.
+
 Records name files by paths relative to one root. Nothing outside it is ever touched, whatever a record says.
 How checkpoints are written and verified is the worker's business.
 """
 
 import contextlib
+import functools
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from service.errors import HalfstepError
+from service.mirror import Mirror, MirrorFailed
 from service.settings import Settings
 
 MODEL_FILE = "model.safetensors"
 """Of a checkpoint's directory, what a client may download."""
+
+AWAY_SECONDS = 60.0
+"""After a remote store has failed to remove something, until it is asked to again."""
 
 _CHUNK = 2**20
 
@@ -53,17 +62,31 @@ class StoredFile:
 
 
 class Storage:
-    """The files below the data directory."""
+    """The files below the data directory, and their remote copies where there are any."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
+        self._root, self._mirror = root, mirror
+        self._away_until = 0.0
 
     def open(self, path: str, name: str) -> StoredFile:
         """The file `name` in the directory `path`.
 
         Raises:
             FileAbsent: it is not there, or the path leads elsewhere.
+            MirrorFailed: the remote store does not answer, or refuses.
         """
+        try:
+            return self._open_here(path, name)
+        except FileAbsent as absent:
+            try:
+                found = self._mirror.open(path, name) if self._mirror is not None else None
+            except PermissionError:
+                found = None
+            if found is None:
+                raise absent from None
+        return StoredFile(*found)
+
+    def _open_here(self, path: str, name: str) -> StoredFile:
         place = self._inside(f"{path}/{name}")
         if place is None:
             raise FileAbsent(f"{path} is outside of the data directory")
@@ -109,6 +132,22 @@ class Storage:
                 failed[path] = error
         return failed
 
+    def remove_remote_job(self, job_id: str, paths: Sequence[str], *, keep: Sequence[str]) -> OSError | None:
+        """The same at the remote store, in one bounded call; returns why it could not be done, if so.
+
+        A store that failed is left alone for AWAY_SECONDS: who asks has other things to do than to wait.
+        """
+        if self._mirror is None:
+            return None
+        if time.monotonic() < self._away_until:
+            return MirrorFailed(f"{self._mirror.name} failed a moment ago")
+        try:
+            self._mirror.remove_job(job_id, paths, keep=keep)
+        except OSError as error:
+            self._away_until = time.monotonic() + AWAY_SECONDS
+            return error
+        return None
+
     def _inside(self, path: str) -> Path | None:
         place = (self._root / path).resolve()
         return place if place != self._root and place.is_relative_to(self._root) else None
@@ -127,5 +166,30 @@ def _clear(place: Path, kept: Sequence[Path]) -> None:
 
 
 def storage(settings: Settings) -> Storage:
-    """Where `settings` keep files."""
-    return Storage(settings.data_dir)
+    """Where `settings` keep files.
+
+    Raises:
+        ConfigurationError: nothing that is installed serves HALFSTEP_CHECKPOINT_URL.
+    """
+    return _storage(settings.data_dir, mirror(settings))
+
+
+def mirror(settings: Settings) -> Mirror | None:
+    """The remote store that `settings` name; None: the data directory is all.
+
+    Raises:
+        ConfigurationError: nothing that is installed serves HALFSTEP_CHECKPOINT_URL.
+    """
+    if not settings.checkpoint_url:
+        return None
+    return _mirror(settings.checkpoint_url, settings.data_dir, settings.checkpoint_seconds)
+
+
+@functools.lru_cache(maxsize=8)
+def _mirror(url: str, root: Path, seconds: float) -> Mirror:
+    return Mirror(url, root, seconds=seconds)
+
+
+@functools.lru_cache(maxsize=8)
+def _storage(root: Path, remote: Mirror | None) -> Storage:
+    return Storage(root, remote)

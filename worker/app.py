@@ -21,6 +21,7 @@ from service.errors import ConfigurationError, HalfstepError, NotFound, StoreUna
 from service.logs import configure
 from service.queue import QUEUE, make_celery
 from service.settings import Settings
+from service.storage import storage
 from service.store import components, schema, workers
 from service.store.components import ComponentInfo
 from service.store.database import Database
@@ -119,6 +120,7 @@ def _leave_logging_alone(**_: object) -> None:
 
 def serve(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT; returns when every process of its own is gone."""
+    storage(settings)  # a URL that nothing serves is told before a job is claimed
     database = Database(settings.sql_url)
     schema.check_current(database)
     slots = build_slots(settings, Spawner())

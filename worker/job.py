@@ -18,6 +18,7 @@ from service.contract.states import ReasonCode
 from service.errors import StaleFence, StoreUnavailable
 from service.faultpoints import reach
 from service.settings import Settings
+from service.storage import mirror
 from service.store import events
 from service.store.database import Database
 from worker.protocol import Done, Ready, RunOrder
@@ -60,6 +61,7 @@ def prepare(*, probe: bool) -> Prepared:
     components.load_entry_points()
     components.load_modules(settings.component_modules)
     take_a_step()
+    mirror(settings)  # its library is loaded before an order comes
     database = Database(settings.sql_url)
     with contextlib.suppress(StoreUnavailable):  # the job will wait for it, should it still be away then
         database.ping()
@@ -83,12 +85,14 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
     spec = JobSpec.model_validate(order.spec)
     # Records name files by their place below the data directory, so that a restored copy of both is whole.
     root = settings.data_dir
+    remote = mirror(settings)
     reporter = Reporter(
         database,
         order.job_id,
         order.fence,
         on_progress=on_progress,
         path_of=lambda place: place.relative_to(root).as_posix(),
+        mirror=remote,
     )
     told: list[events.Event] = []
     if order.fence > FIRST_FENCE or order.checkpoints:
@@ -104,6 +108,7 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
         decisions=[event.data for event in told if event.data is not None],
         elapsed_seconds=order.elapsed_seconds,
         speeds={dtype: DtypeSpeed.model_validate(speed) for dtype, speed in order.speeds.items()},
+        mirror=remote,
     )
     reach("child.ordered")
     try:

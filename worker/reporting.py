@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.errors import StoreUnavailable
 from service.faultpoints import reach
+from service.mirror import Mirror
 from service.store import events, jobs, metrics
 from service.store.database import Database
 from worker.training import checkpoint
@@ -79,6 +80,7 @@ class Reporter:
         on_progress: called with the newest step and a step's usual seconds as steps are reported, and again
             while the loop waits for a database that is away: that is no stall.
         path_of: how the record names a file.
+        mirror: the remote store that keeps the checkpoints; None: the disk does.
         max_rows: the bound of the buffer.
     """
 
@@ -90,10 +92,12 @@ class Reporter:
         *,
         on_progress: Callable[[int, float], None],
         path_of: Callable[[Path], str] = str,
+        mirror: Mirror | None = None,
         max_rows: int = MAX_BUFFERED_ROWS,
     ) -> None:
         self._database, self._job_id, self._fence = database, job_id, fence
         self._on_progress, self._path_of, self._max_rows = on_progress, path_of, max_rows
+        self._mirror = mirror
         self._changed = threading.Condition()
         self._queue: deque[_Batch | _Entry] = deque()
         self._rows = 0
@@ -211,9 +215,9 @@ class Reporter:
         def remove_files() -> None:
             reach("checkpoint.before_removal")
             try:
-                checkpoint.remove(removable)
-            except TrainingFailure as error:  # costs disk space, not the job
-                log.warning("an old checkpoint stays on disk", error=error.message)
+                checkpoint.remove(removable, self._mirror)
+            except TrainingFailure as error:  # costs space, not the job
+                log.warning("an old checkpoint stays where it is", error=error.message)
 
         self._put(write, then=remove_files)
 

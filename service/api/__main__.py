@@ -15,6 +15,7 @@ from service.api.app import create_app
 from service.api.context import Context
 from service.errors import ConfigurationError, StoreUnavailable
 from service.settings import Settings
+from service.storage import storage
 from service.store import keys
 from service.store.database import Database
 from service.store.schema import check_current
@@ -52,6 +53,7 @@ def main() -> int:
     logs.configure(settings, "api")
     database = Database(settings.sql_url)
     try:
+        storage(settings)  # a URL that nothing serves is told now
         _when_reachable(database)
         check_current(database)
         refuse_open_door(settings, database)

@@ -25,6 +25,7 @@ from service.cli.merged_log import MergedLog
 from service.cli.supervisor import Part, Supervisor
 from service.errors import ConfigurationError
 from service.settings import Settings
+from service.storage import storage
 from service.store.database import Database
 from service.store.keys import SCOPES, import_secret
 from service.store.schema import migrate as migrate_database
@@ -65,6 +66,7 @@ def up(data_dir: DataDir = None, host: Host = None, port: Port = None) -> None:
         raise ConfigurationError(
             "`halfstep up` runs a worker too, which needs torch; pip install 'halfstep[all]'"
         )
+    storage(settings)
     with held(settings.data_dir):
         port_number = _free_port(settings)
         parts = _parts(settings)
@@ -123,7 +125,7 @@ def _migrate(settings: Settings) -> None:
 
 
 def _become(module: str) -> NoReturn:
-    Settings()  # a wrong setting is told here, not as a traceback of the part
+    storage(Settings())  # a wrong setting is told here, not as a traceback of the part
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module])  # noqa: S606  # a module name of our own
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,44 @@ from starlette.testclient import TestClient
 
 from service.api.ranges import Unsatisfiable, requested
 from service.contract.states import JobState
+from service.settings import Settings
 from service.storage import MODEL_FILE
+from service.store.database import Database
+from tests.stores import Store, store_in
 
 from .conftest import Trainer
 
 Submit = Callable[..., str]
 WEIGHTS = bytes(range(256)) * 5000  # more than one piece
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+
+
+@pytest.fixture(params=["disk", "remote"])
+def kept_in(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with store_in(tmp_path / "store") as made:
+        yield made
+
+
+@pytest.fixture
+def settings(settings: Settings, kept_in: str, store: Store) -> Settings:
+    return settings if kept_in == "disk" else settings.model_copy(update={"checkpoint_url": store.url})
+
+
+@pytest.fixture
+def root(settings: Settings, kept_in: str, store: Store) -> Path:
+    """Below which the files are."""
+    return settings.data_dir if kept_in == "disk" else store.directory
+
+
+@pytest.fixture
+def trainer(database: Database, root: Path) -> Trainer:
+    return Trainer(database, root)
 
 
 @pytest.fixture
@@ -33,8 +64,8 @@ def job_id(submit: Submit, trainer: Trainer) -> str:
 
 
 @pytest.fixture
-def directory(job_id: str, tmp_path: Path) -> Path:
-    return tmp_path / "jobs" / job_id / "checkpoints" / "fence-000001-step-0000000009"
+def directory(job_id: str, root: Path) -> Path:
+    return root / "jobs" / job_id / "checkpoints" / "fence-000001-step-0000000009"
 
 
 def test_the_list_is_newest_first(client: TestClient, job_id: str) -> None:
@@ -135,6 +166,31 @@ def test_files_that_this_server_does_not_see(client: TestClient, job_id: str, di
     assert client.head(f"/jobs/{job_id}/checkpoints/9/model").status_code == 404
 
 
+@pytest.mark.parametrize("kept_in", ["remote"], indirect=True)
+def test_a_store_that_does_not_answer_is_said_to_be_away(
+    client: TestClient, job_id: str, store: Store
+) -> None:
+    store.fails("open", None, ConnectionError("refused by me:word@host"))
+    answer = client.get(f"/jobs/{job_id}/checkpoints/9/model")
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert answer.headers["retry-after"] == "2"
+    assert "word" not in answer.text
+    assert [item["step"] for item in client.get(f"/jobs/{job_id}/checkpoints").json()["items"]] == [9, 6]
+    store.recover()
+    assert client.get(f"/jobs/{job_id}/checkpoints/9/model").content == WEIGHTS
+
+
+@pytest.mark.parametrize("kept_in", ["remote"], indirect=True)
+def test_files_of_before_there_was_a_store_are_still_served(
+    client: TestClient, job_id: str, directory: Path, settings: Settings, store: Store
+) -> None:
+    here = settings.data_dir / directory.relative_to(store.directory)
+    here.parent.mkdir(parents=True)
+    directory.rename(here)
+    assert client.get(f"/jobs/{job_id}/checkpoints/9/model").content == WEIGHTS
+
+
+@pytest.mark.parametrize("kept_in", ["disk"], indirect=True)
 def test_a_link_to_elsewhere_is_not_followed(
     client: TestClient, job_id: str, directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

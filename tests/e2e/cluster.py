@@ -96,8 +96,8 @@ class Cluster:
         self.start("api", "service.api")
         wait_for("the API answers", self._ready, 30)
 
-    def start_worker(self, name: str) -> "subprocess.Popen[bytes]":
-        process = self.start(name, "worker.app", worker_name=name)
+    def start_worker(self, name: str, **settings: object) -> "subprocess.Popen[bytes]":
+        process = self.start(name, "worker.app", worker_name=name, **settings)
         wait_for(
             f"{name} is registered", lambda: name in [w["name"] for w in self.get("/workers")["items"]], 60
         )

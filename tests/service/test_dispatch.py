@@ -1,11 +1,12 @@
 """The dispatcher's round: what it sends again, takes back and fails, over the real store."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 
-from service import dispatch
+from service import dispatch, storage
 from service.contract.spec import JobSpec
 from service.errors import StaleFence
 from service.settings import Settings
@@ -13,6 +14,7 @@ from service.store import jobs
 from service.store.database import Database
 from service.store.tables import jobs as job_rows
 from service.store.workers import Capability
+from tests.stores import Store, store_in
 
 CPU = Capability(
     device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1
@@ -107,3 +109,38 @@ def test_what_no_worker_can_run_fails_with_the_remedy(
     assert job.status_reason is not None
     assert job.status_reason["code"] == "no_capable_worker"
     assert "cuda" in job.status_reason["message"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with store_in(tmp_path / "store") as made:
+        yield made
+
+
+def test_a_deleted_jobs_checkpoints_go_once_their_store_answers(
+    tmp_path: Path, database: Database, sent: list[str], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", checkpoint_url=store.url)
+    deleted, other = submit(database), submit(database)
+    for job_id in (deleted, other):
+        (store.directory / "jobs" / job_id / "checkpoints").mkdir(parents=True)
+        (store.directory / "jobs" / job_id / "checkpoints" / "model.safetensors").touch()
+    database.retry(lambda s: jobs.request_cancel(s, deleted, tenant=None))
+    database.retry(lambda s: jobs.delete(s, deleted, tenant=None))
+
+    def waiting() -> list[str]:
+        with database.read() as session:
+            return [job_id for job_id, _ in jobs.unswept(session, limit=10)]
+
+    store.fails("rm", None, ConnectionError("refused"))
+    dispatch.one_round(settings, database)
+    assert waiting() == [deleted]
+    # For a while it is not asked again, so that a round does not wait for it.
+    store.recover()
+    store.calls.clear()
+    dispatch.one_round(settings, database)
+    assert (store.calls, waiting()) == ([], [deleted])
+    monkeypatch.setattr(storage.storage(settings), "_away_until", 0.0)
+    dispatch.one_round(settings, database)
+    assert waiting() == []
+    assert [path.name for path in (store.directory / "jobs").iterdir()] == [other]

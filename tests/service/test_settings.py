@@ -51,11 +51,22 @@ def test_a_missing_secret_file_names_the_setting(monkeypatch: pytest.MonkeyPatch
         ({"port": 70000}, "port"),
         ({"stall_seconds": 0}, "stall_seconds"),
         ({"worker_device": "tpu"}, "worker_device"),
+        ({"checkpoint_url": "bucket/prefix"}, "HALFSTEP_CHECKPOINT_URL must be one URL"),
+        ({"checkpoint_url": "simplecache::s3://bucket"}, "HALFSTEP_CHECKPOINT_URL must be one URL"),
+        ({"checkpoint_url": "s3://b", "checkpoint_seconds": 301}, "HALFSTEP_CHECKPOINT_SECONDS=301"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Settings(**values)
+
+
+@pytest.mark.parametrize("name", ["database_url", "broker_url", "checkpoint_url"])
+def test_a_refusal_does_not_tell_what_is_in_a_url(name: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Settings(**{name: "nonsense:hunter2@host", "heartbeat_seconds": -1})
+    assert name in str(refused.value)
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.contract.spec import JobSpec
+from service.mirror import Mirror
 from worker.training import checkpoint
 from worker.training.checkpoint import CheckpointInfo, CheckpointRef
 from worker.training.loop import Outcome, RunConfig, StopRequest, train
@@ -38,6 +39,7 @@ class Recorder:
         self.infos: list[CheckpointInfo] = []
         self.refs: list[CheckpointRef] = []
         self.on_steps: Callable[[], None] = lambda: None
+        self.mirror: Mirror | None = None
 
     def opened(self, *, total_steps: int | None) -> None:
         self.total_steps = total_steps
@@ -66,7 +68,7 @@ class Recorder:
 
     def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
         self.refs = [ref for ref in self.refs if ref not in checkpoints]
-        checkpoint.remove(checkpoints)
+        checkpoint.remove(checkpoints, self.mirror)
 
     def coded(self, code: str) -> list[dict[str, Any]]:
         """The data of the events with this code."""
@@ -81,10 +83,12 @@ def run(
     stop_after: int | None = None,
     request: StopRequest = StopRequest.DRAIN,
     fence: int = 1,
+    mirror: Mirror | None = None,
     **config: Any,
 ) -> tuple[Outcome, Recorder]:
     """One attempt, resuming from what the recorder knows; it stops by `request` after `stop_after` steps."""
     recorder = recorder if recorder is not None else Recorder()
+    recorder.mirror = mirror
     boundaries = 0
 
     def should_stop() -> StopRequest | None:
@@ -94,7 +98,13 @@ def run(
 
     outcome = train(
         RunConfig(
-            spec=spec, device="cpu", directory=directory, fence=fence, resume=tuple(recorder.refs), **config
+            spec=spec,
+            device="cpu",
+            directory=directory,
+            fence=fence,
+            resume=tuple(recorder.refs),
+            mirror=mirror,
+            **config,
         ),
         recorder,
         should_stop,

@@ -7,8 +7,10 @@ A checkpoint is a directory whose name carries the fence and the step, with thre
     manifest.json       version, fence, step, and the size and SHA-256 of the other two; written last
 
 Each file is written to a temporary name in the same directory, fsynced and renamed; the directory is fsynced
-before the manifest is written and after it. A checkpoint without a manifest does not exist. Reading one back,
-and how it is verified, is in `restoring`; what is in the state is the caller's business.
+before the manifest is written and after it. A checkpoint without a manifest does not exist. With a mirror it
+is written so first, then copied there file by file, the manifest last, each compared as the store gives it
+back; the local one goes. Reading one back, and how it is verified, is in `restoring`; what is in the state is
+the caller's business.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from service.faultpoints import reach
+from service.mirror import Mirror, MirrorFailed
 from worker.training.errors import StorageFailed
 from worker.training.failures import ran_out_of_host_memory
 
@@ -40,7 +43,10 @@ HELD_OUT_LOSS = "held_out_loss"
 """The figure that decides which checkpoint is the best."""
 
 MAX_MANIFEST_BYTES = 65_536
-NAME = re.compile(r"^fence-(\d{6,})-step-(\d{10,})(?:-rollback-\d+)?$")
+NAME = re.compile(r"^fence-(\d{6,})-step-(\d{10,})(?:-rollback-\d+)?(?:-again-\d+)?$")
+FETCHED = ".fetched-"
+"""Begins the name of a directory in which files from a mirror are looked at."""
+
 _CHUNK = 2**20
 
 
@@ -111,8 +117,12 @@ def save(
     *,
     metrics: Mapping[str, float] | None = None,
     rollbacks: int = 0,
+    failures: int = 0,
+    mirror: Mirror | None = None,
 ) -> CheckpointInfo:
     """Write a checkpoint below `directory` and return once it would survive a power cut.
+
+    With a mirror, return once that has given every byte back; nothing is left in `directory` then.
 
     Args:
         directory: where the job's checkpoints are.
@@ -121,12 +131,15 @@ def save(
         payload: what to write.
         metrics: figures to pass on with the result.
         rollbacks: how often the attempt went back; keeps its paths apart from those it abandoned.
+        failures: how often the attempt failed to save; a transfer that was given up may still be under way.
+        mirror: where it is to be kept; None: below `directory`.
 
     Raises:
-        StorageFailed: the disk refused; what was begun is removed.
+        StorageFailed: the disk or the mirror refused; what was begun is removed.
         RuntimeError: the host's memory ran out; what was begun is removed.
     """
     again = f"-rollback-{rollbacks}" if rollbacks else ""
+    again += f"-again-{failures}" if failures else ""
     target = directory / f"fence-{fence:06d}-step-{step:010d}{again}"
     weights, aliases = _without_aliases(payload.weights)
     state = {
@@ -155,6 +168,17 @@ def save(
         _sync_directory(target)
         _sync_directory(directory)
         reach("checkpoint.after_manifest")
+        if mirror is not None:
+            copied = {**files, MANIFEST_FILE: written}  # in this order
+            mirror.put(target, {name: (entry["bytes"], entry["sha256"]) for name, entry in copied.items()})
+            shutil.rmtree(target, ignore_errors=True)
+    except MirrorFailed as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise StorageFailed(
+            f"the checkpoint of step {step} could not be kept: {error.message}; look after that store, its "
+            "credentials and the way there, or set HALFSTEP_CHECKPOINT_URL to another",
+            detail={"step": step, "path": target.name},
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as RuntimeError, safetensors as its own error.
         shutil.rmtree(target, ignore_errors=True)
@@ -188,35 +212,46 @@ def retained(refs: Sequence[CheckpointRef], newest: int, *, best: bool) -> list[
     return kept
 
 
-def remove(refs: Sequence[CheckpointRef]) -> None:
+def remove(refs: Sequence[CheckpointRef], mirror: Mirror | None = None) -> None:
     """Delete checkpoints, manifest first, so that a half-deleted one does not exist for a reader.
 
     Raises:
-        StorageFailed: the disk refused.
+        StorageFailed: the disk or the mirror refused.
     """
     for ref in refs:
         try:
             (ref.path / MANIFEST_FILE).unlink(missing_ok=True)
             if ref.path.exists():
                 shutil.rmtree(ref.path)
+            if mirror is not None:
+                mirror.remove(ref.path, first=MANIFEST_FILE)
         except OSError as error:
             raise StorageFailed(
                 f"the old checkpoint {ref.path} cannot be removed: {error.strerror}"
             ) from error
 
 
-def remove_unreferenced(directory: Path, keep: Sequence[CheckpointRef], *, below_fence: int) -> None:
+def remove_unreferenced(
+    directory: Path, keep: Sequence[CheckpointRef], *, below_fence: int, mirror: Mirror | None = None
+) -> None:
     """Delete what crashes left behind: checkpoints under an older fence that no record names.
 
-    A directory under the present fence is left alone, and so is everything that is not a checkpoint.
+    A directory under the present fence is left alone, and so is everything that is not a checkpoint. What a
+    mirror refuses to remove stays.
     """
     kept = {ref.path.name for ref in keep}
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        name = NAME.match(path.name)
-        if name and int(name.group(1)) < below_fence and path.name not in kept:
+
+    def left(found: str) -> bool:
+        name = NAME.match(found)
+        return name is not None and int(name.group(1)) < below_fence and found not in kept
+
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if left(path.name) or path.name.startswith(FETCHED):
             shutil.rmtree(path, ignore_errors=True)
+    if mirror is not None and below_fence > 1:
+        with contextlib.suppress(MirrorFailed):
+            for found in filter(left, mirror.names(directory)):
+                mirror.remove(directory / found, first=MANIFEST_FILE)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from service.contract.spec import JobSpec
 from service.contract.speed import Speeds
+from service.mirror import Mirror
 from worker.amp.errors import TooManySkips
 from worker.training import randomness
 from worker.training.batches import Position
@@ -52,6 +53,7 @@ class RunConfig:
         elapsed_seconds: training time that earlier attempts spent, for the time limit.
         flush_seconds: between two reports of finished steps.
         speeds: of the device, by data type, as its worker measured them; empty: nobody has.
+        mirror: the remote store that keeps the checkpoints; None: `directory` does.
     """
 
     spec: JobSpec
@@ -64,6 +66,7 @@ class RunConfig:
     elapsed_seconds: float = 0.0
     flush_seconds: float = 0.5
     speeds: Speeds = field(default_factory=dict)
+    mirror: Mirror | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,9 @@ def train(config: RunConfig, observer: Observer, should_stop: Callable[[], StopR
         return should_stop()
 
     with randomness.deterministic(config.spec.training.deterministic):
-        remove_unreferenced(config.directory / CHECKPOINTS, config.resume, below_fence=config.fence)
+        remove_unreferenced(
+            config.directory / CHECKPOINTS, config.resume, below_fence=config.fence, mirror=config.mirror
+        )
         return _attempt(config, observer, asked)
 
 
@@ -120,6 +125,7 @@ def _attempt(config: RunConfig, observer: Observer, asked: Callable[[], StopRequ
             decisions=decisions,
             excluded=excluded,
             speeds=config.speeds,
+            mirror=config.mirror,
         )
         try:
             stopped = _until_done(run, asked)

@@ -2,20 +2,28 @@
 
 The job's record holds the SHA-256 of the weights and of the manifest, the manifest that of the state. Sizes
 are compared first, links and pipes are refused. The state is loaded with weights_only: nothing is unpickled.
+What a mirror keeps is fetched to the disk, as many bytes as are recorded, and then read in the same way.
 """
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import IO, Any
 
 import safetensors.torch
 import torch
 
+from service.mirror import Mirror
 from worker.training.checkpoint import (
+    FETCHED,
     MANIFEST_FILE,
     NAME,
     STATE_FILE,
@@ -29,15 +37,65 @@ from worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFai
 from worker.training.failures import ran_out_of_host_memory
 
 MAX_MANIFEST_BYTES = 65_536
+AGAIN_SECONDS = 2.0
+"""Until a mirror that failed is asked again, within its time for a checkpoint."""
 
 
-def load(ref: CheckpointRef) -> Payload:
+def load(ref: CheckpointRef, mirror: Mirror | None = None) -> Payload:
     """Read a checkpoint back onto the CPU after verifying every byte of it against its manifest and `ref`.
+
+    With a mirror it is fetched from there, unless a whole one is found at its local path.
 
     Raises:
         CheckpointDamaged: it is missing, truncated, altered, or another one than `ref` names.
         StorageFailed: the place where it should be is not there, or may not be read: that says nothing of it.
     """
+    if mirror is None:
+        return _load(ref)
+    if ref.path.is_dir():  # written before there was a mirror
+        try:
+            return _load(ref)
+        except CheckpointDamaged:
+            pass
+    deadline = time.monotonic() + mirror.seconds
+    seen = False
+    while True:
+        try:
+            return _fetch(ref, mirror, deadline)
+        except CheckpointDamaged as damage:
+            damage.detail["path"] = str(ref.path)
+            # What is called damaged is dropped: looked at twice, should only its transfer be at fault.
+            if seen:
+                raise
+            seen = True
+        except OSError as error:
+            if time.monotonic() + AGAIN_SECONDS >= deadline:
+                raise _unavailable(ref, error.strerror or str(error)) from error
+            time.sleep(AGAIN_SECONDS)
+
+
+def _fetch(ref: CheckpointRef, mirror: Mirror, deadline: float) -> Payload:
+    ref.path.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=FETCHED, dir=ref.path.parent))
+    local = replace(ref, path=directory / ref.path.name)
+    local.path.mkdir()
+
+    def fetch(name: str, limit: int) -> None:
+        if not mirror.fetch(ref.path, name, local.path / name, limit=limit, deadline=deadline):
+            if not mirror.is_there():
+                raise _unavailable(ref, f"{mirror.name} is empty")
+            raise _damaged(ref, f"has no {name} at {mirror.name}")
+
+    try:
+        fetch(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        for name, (size, _) in _manifest(local)["files"].items():
+            fetch(name, size)
+        return _load(local)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _load(ref: CheckpointRef) -> Payload:
     if not ref.path.parent.is_dir():
         raise _unavailable(ref, f"{ref.path.parent} is not there")
     manifest = _manifest(ref)

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from service.contract.spec import JobSpec
 from service.contract.speed import Speeds, slow_precision
 from service.faultpoints import reach
+from service.mirror import Mirror
 from worker.amp import MixedPrecisionTrainer
 from worker.amp.telemetry import EngineEvent, StepRow
 from worker.training import checkpoint, environment, randomness
@@ -28,7 +30,7 @@ from worker.training.evaluation import evaluate
 from worker.training.failures import translated
 from worker.training.observer import Observer
 from worker.training.progress import RecentSteps
-from worker.training.restoring import load_newest
+from worker.training.restoring import load, load_newest
 
 _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""
@@ -69,11 +71,13 @@ class Run:
         decisions: list[dict[str, Any]],
         excluded: frozenset[Position],
         speeds: Speeds,
+        mirror: Mirror | None,
     ) -> None:
         self._spec = spec
         self._observer = observer
         self._device = device
         self._directory = directory
+        self._mirror = mirror
         self._fence = fence
         self._flush_seconds = flush_seconds
         self._rows: list[StepMetrics] = []
@@ -83,7 +87,7 @@ class Run:
         self._epoch_loss, self._epoch_steps, self._epoch = 0.0, 0, 1
         self._memory_peak = 0
         self._last_loss = math.nan
-        self._evaluated_at = self._saved_at = 0
+        self._evaluated_at = self._saved_at = self._failed_saves = 0
         self._evaluation: Evaluation | None = None
         self._best_loss, self._best_at = math.inf, 0
         self._flush_at = 0.0
@@ -91,7 +95,7 @@ class Run:
         self.step = self.resumed_from = 0
 
         damaged: list[CheckpointDamaged] = []
-        found = load_newest(resume, damaged.append)
+        found = load_newest(resume, damaged.append, partial(load, mirror=mirror))
         state: dict[str, Any] = dict(found[1].state) if found else {}
         excluded |= excluded_from(state.get("excluded", ()))
         randomness.seed_all(spec.training.seed)
@@ -350,12 +354,15 @@ class Run:
                 payload,
                 metrics=self._figures(),
                 rollbacks=int(bool(self.plan.excluded)),
+                failures=self._failed_saves,
+                mirror=self._mirror,
             )
         except StorageFailed as failure:
+            self._failed_saves += 1
             if required:
                 raise
-            # The checkpoints before it are whole, and the next one may succeed: a full disk need not end a
-            # long job.
+            # The checkpoints before it are whole, and the next one may succeed: a full disk, or a store that
+            # is away, need not end a long job.
             self._observer.event(
                 "checkpoint", "error", failure.message, failure.detail | {"code": "checkpoint_failed"}
             )

@@ -20,7 +20,8 @@ from service.api.ranges import Unsatisfiable, requested
 from service.api.schemas import CheckpointList
 from service.api.views import checkpoint_view
 from service.api.wire import json_answer
-from service.errors import NotFound
+from service.errors import NotFound, StoreUnavailable
+from service.mirror import MirrorFailed
 from service.storage import MODEL_FILE, FileAbsent, StoredFile, storage
 from service.store import jobs as store
 
@@ -150,7 +151,15 @@ def _open(context: Context, kept: store.Checkpoint) -> StoredFile:
             "checkpoint_absent",
             f"The files of the checkpoint of step {kept.step} are not where this server looks for them. "
             "They may have been removed; or workers keep them elsewhere, and the operator must let both "
-            "share one HALFSTEP_DATA_DIR.",
+            "share one HALFSTEP_DATA_DIR or one HALFSTEP_CHECKPOINT_URL.",
+        ) from error
+    except MirrorFailed as error:
+        _log.warning("checkpoint_store_unavailable", error=error.message)
+        raise ProblemError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            StoreUnavailable.code,
+            "The store that keeps the checkpoints did not answer as it should; try again.",
+            headers={"retry-after": "2"},
         ) from error
 
 
