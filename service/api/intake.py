@@ -1,7 +1,7 @@
 """Submissions: checked, stored and published together when they come together.
 
 Each is checked for itself and refused for itself. Those that pass are committed in one transaction, and only
-then are workers woken: while the next ones are checked and stored, since both mostly wait.
+then are workers woken.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,19 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The answer's JSON; the job's id, None of a dry run; whether this order made the job."""
+    """The answer's JSON; the job's id, None of a dry run."""
 
     body: bytes
-    job_id: str | None = None
-    created: bool = False
+    job_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A job that is committed, and whether its order made it."""
+
+    job_id: str
+    body: bytes
+    created: bool
 
 
 class Intake:
@@ -54,7 +62,6 @@ class Intake:
         self._settings, self._database = settings, database
         self._catalogues = Catalogues()
         self._orders: Together[Order, Taken] = Together(self._visit)
-        self._wakes: Together[Taken, None] = Together(self._wake)
 
     async def take(self, order: Order) -> Taken:
         """Check `order`, store its job and wake a worker, in this order.
@@ -63,10 +70,7 @@ class Intake:
             InvalidRequest: the specification is not valid, or its key was used with another body.
             StoreUnavailable: the database did not answer; nothing was stored.
         """
-        taken = await self._orders.ask(order)
-        if taken.job_id is not None:
-            await self._wakes.ask(taken)
-        return taken
+        return await self._orders.ask(order)
 
     def _visit(self, orders: Sequence[Order]) -> list[Taken | Exception]:
         answers: list[Taken | Exception | None] = []
@@ -84,11 +88,13 @@ class Intake:
                 answers.append(_verdict(submission) if order.dry_run else None)
                 if not order.dry_run:
                     wanted[index] = _new_job(order, submission)
-        for index, outcome in zip(wanted, self._store(list(wanted.values())), strict=True):
-            answers[index] = outcome
+        outcomes = self._store(list(wanted.values()))
+        self._wake([outcome for outcome in outcomes if isinstance(outcome, _Stored)])
+        for index, outcome in zip(wanted, outcomes, strict=True):
+            answers[index] = Taken(outcome.body, outcome.job_id) if isinstance(outcome, _Stored) else outcome
         return [answer for answer in answers if answer is not None]
 
-    def _store(self, wanted: Sequence[jobs.NewJob]) -> list[Taken | Exception]:
+    def _store(self, wanted: Sequence[jobs.NewJob]) -> list[_Stored | Exception]:
         """Commit these together; where that cannot be, each for itself, so that none fails for another's."""
         if not wanted:
             return []
@@ -102,27 +108,28 @@ class Intake:
             _log.warning("submitted_one_by_one", jobs=len(wanted), error=repr(error))
         return [outcome for one in wanted for outcome in self._store([one])]
 
-    def _wake(self, committed: Sequence[Taken]) -> list[Exception | None]:
-        for taken in committed:
+    def _wake(self, committed: Sequence[_Stored]) -> None:
+        for _ in committed:
             reach("submit.after_commit")
-            if taken.created and taken.job_id is not None:
-                wake_worker(self._settings, taken.job_id)
+        created = [stored.job_id for stored in committed if stored.created]
+        if created:
+            wake_worker(self._settings, *created)
+        for _ in committed:
             reach("submit.after_enqueue")
-        return [None] * len(committed)
 
 
-def _stored(session: Session, wanted: Sequence[jobs.NewJob]) -> list[Taken | Exception]:
+def _stored(session: Session, wanted: Sequence[jobs.NewJob]) -> list[_Stored | Exception]:
     outcomes = jobs.submit_all(session, wanted)
     found = [outcome[0] for outcome in outcomes if isinstance(outcome, tuple)]
     views = {view["id"]: json_bytes(view) for view in job_views(session, found)}
-    answers: list[Taken | Exception] = []
+    answers: list[_Stored | Exception] = []
     for outcome in outcomes:
         if not isinstance(outcome, tuple):
             answers.append(outcome)
             continue
         job, created = outcome
         body = views.get(job.id)
-        answers.append(absent(job.id) if body is None else Taken(body, job.id, created))
+        answers.append(absent(job.id) if body is None else _Stored(job.id, body, created))
         reach("submit.before_commit")
     return answers
 
@@ -144,4 +151,4 @@ def _verdict(submission: Submission) -> Taken:
         "resolved": submission.spec.model_dump(mode="json"),
         "capable_workers": submission.capable_workers,
     }
-    return Taken(json_bytes(document))
+    return Taken(json_bytes(document), None)

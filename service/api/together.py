@@ -50,6 +50,8 @@ class Together(Generic[Question, Answer]):
             answers: Sequence[Answer | Exception]
             try:
                 answers = await run_in_threadpool(self._visit, [question for question, _ in asked])
+                if len(answers) != len(asked):
+                    raise RuntimeError(f"{len(answers)} answers to {len(asked)} questions")
             except Exception as error:  # noqa: BLE001  # raised where each of them waits
                 answers = [error] * len(asked)
             for (_, future), answer in zip(asked, answers, strict=True):

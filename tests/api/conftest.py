@@ -49,8 +49,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The job ids that the API woke a worker for."""
     ids: list[str] = []
 
-    def enqueue(_settings: Settings, job_id: str) -> bool:
-        ids.append(job_id)
+    def enqueue(_settings: Settings, *job_ids: str) -> bool:
+        ids.extend(job_ids)
         return True
 
     monkeypatch.setattr(queue, "enqueue", enqueue)

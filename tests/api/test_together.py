@@ -95,6 +95,14 @@ def test_a_visit_that_fails_fails_for_all_of_it_and_the_next_works() -> None:
     assert finished(run()) == 6
 
 
+def test_a_visit_that_leaves_one_out_fails_for_all_of_it() -> None:
+    async def run() -> list[int | BaseException]:
+        together: Together[int, int] = Together(lambda numbers: list(numbers[1:]))
+        return await asyncio.gather(*(together.ask(number) for number in (1, 2)), return_exceptions=True)
+
+    assert [str(answer) for answer in finished(run())] == ["1 answers to 2 questions"] * 2
+
+
 def test_who_leaves_takes_no_answer_from_others() -> None:
     visits = Visits()
 

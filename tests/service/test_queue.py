@@ -45,6 +45,44 @@ def test_a_message_carries_the_job_id_and_nothing_else(tmp_path: Path, redis_url
 
 
 @pytest.mark.redis
+def test_several_are_messages_of_their_own_in_order(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
+    assert enqueue(Settings(data_dir=tmp_path, broker_url=redis_url), "a", "b", "c")
+    read: list[str] = []
+    with make_celery(redis_url).connection_for_read() as connection:
+        queue = kombu.Queue(QUEUE, channel=connection)
+
+        def take(body: list[list[str]], _message: object) -> None:
+            read.append(body[0][0])
+
+        with kombu.Consumer(connection, queue, callbacks=[take], no_ack=True):
+            while len(read) < 3:
+                connection.drain_events(timeout=10)
+    assert read == ["a", "b", "c"]
+
+
+@pytest.mark.redis
+def test_a_broker_that_comes_back_is_used_again(
+    tmp_path: Path,
+    redis_url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.queue.BACKOFF_SECONDS", 0.0)
+    settings = Settings(data_dir=tmp_path, broker_url=redis_url)
+    assert enqueue(settings, "a")
+    client = redis.Redis.from_url(redis_url)
+    try:
+        own = redis_url.rpartition("/")[2]
+        for one in client.client_list():
+            if one["db"] == own and one["id"] != str(client.client_id()):
+                client.client_kill_filter(_id=one["id"])
+        outcomes = [enqueue(settings, "b", "c") for _ in range(3)]
+        assert outcomes[-1]
+        assert client.llen(QUEUE) == 1 + 2 * sum(outcomes)
+    finally:
+        client.close()
+
+
+@pytest.mark.redis
 def test_what_is_no_message_is_dropped_and_the_next_one_read(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
     client = redis.Redis.from_url(redis_url)
     for garbage in (b"\xff\x00", b"{}", b"[1, 2]", b"7", b'{"body": "!", "headers": {}, "properties": {}}'):
