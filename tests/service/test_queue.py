@@ -83,6 +83,22 @@ def test_a_broker_that_comes_back_is_used_again(
 
 
 @pytest.mark.redis
+def test_a_broker_lost_before_its_answer_is_no_error(
+    tmp_path: Path,
+    redis_url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = Settings(data_dir=tmp_path, broker_url=redis_url)
+    assert enqueue(settings, "a")
+
+    def lost(*_: object, **__: object) -> None:
+        raise redis.ConnectionError("lost")
+
+    monkeypatch.setattr("redis.client.Pipeline.execute", lost)
+    assert not enqueue(settings, "b", "c")
+
+
+@pytest.mark.redis
 def test_what_is_no_message_is_dropped_and_the_next_one_read(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
     client = redis.Redis.from_url(redis_url)
     for garbage in (b"\xff\x00", b"{}", b"[1, 2]", b"7", b'{"body": "!", "headers": {}, "properties": {}}'):
