@@ -61,10 +61,11 @@ def test_other_bytes_than_were_sent_are_found_and_nothing_follows(
     assert [name for operation, name in store.calls if operation == "put"] == NAMES[: number + 1]
 
 
+@pytest.mark.parametrize(("operation", "number", "begun"), [("makedirs", 0, []), ("put", 1, NAMES[:2])])
 def test_a_store_that_hangs_is_given_up_and_nothing_more_is_stored(
-    tmp_path: Path, store: Store, local: Path
+    tmp_path: Path, store: Store, local: Path, operation: str, number: int, begun: list[str]
 ) -> None:
-    store.fails("put", 1, store.hang)
+    store.fails(operation, number, store.hang)
     mirror = store.mirror(tmp_path / "data", seconds=0.5)
     with pytest.raises(MirrorFailed, match="no end within"):
         mirror.put(local, described(local))
@@ -72,8 +73,8 @@ def test_a_store_that_hangs_is_given_up_and_nothing_more_is_stored(
     store.released.set()
     thread.join(20)
     assert not thread.is_alive()
-    assert "manifest" not in [name for _, name in store.calls]
-    mirror.put(local, described(local))
+    assert [name for called, name in store.calls if called == "put"] == begun
+    store.mirror(tmp_path / "data").put(local, described(local))
 
 
 def test_no_more_calls_are_begun_than_may_hang(tmp_path: Path, store: Store, local: Path) -> None:
