@@ -6,6 +6,7 @@ worker can run, deletes what is older than it is to be kept, and sweeps up after
 `python -m service.dispatch` starts it.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -33,20 +34,27 @@ BATCH = 100
 SWEEP_SECONDS = 0.5  # of a round: leases and queue must not wait for a long record to go
 
 
-def one_round(settings: Settings, database: Database) -> None:
+def one_round(settings: Settings, database: Database, *, up_seconds: float = math.inf) -> None:
     """Everything the dispatcher does, once.
+
+    Args:
+        settings: Of this process.
+        database: Where the jobs are.
+        up_seconds: For how long this process has been up. Until workers have had `no_worker_seconds` to
+            register, no job fails for want of one: after a long stop or a restore nobody was seen lately.
 
     Raises:
         StoreUnavailable: The database is away; the next round tries again.
     """
     for job in database.retry(_reap):
         log.warning("lease expired", job_id=job.id, state=job.state, attempt=job.attempt)
-    for job in database.retry(
-        lambda s: jobs.fail_without_worker(
-            s, seconds=settings.no_worker_seconds, live_seconds=settings.live_seconds
-        )
-    ):
-        log.warning("no worker can run it", job_id=job.id)
+    if up_seconds >= settings.no_worker_seconds:
+        for job in database.retry(
+            lambda s: jobs.fail_without_worker(
+                s, seconds=settings.no_worker_seconds, live_seconds=settings.live_seconds
+            )
+        ):
+            log.warning("no worker can run it", job_id=job.id)
     waiting = database.retry(lambda s: jobs.unclaimed(s, older_than=UNCLAIMED_SECONDS, limit=BATCH))
     sent: list[str] = []
     for job_id in waiting:
@@ -117,9 +125,10 @@ def run(settings: Settings, stop: threading.Event) -> None:
     schema.check_current(database)
     log.info("dispatcher ready", every_seconds=settings.dispatch_seconds)
     away = False
+    began = time.monotonic()
     while not stop.is_set():
         try:
-            one_round(settings, database)
+            one_round(settings, database, up_seconds=time.monotonic() - began)
         except StoreUnavailable as error:
             if not away:
                 log.warning("database away", error=str(error))

@@ -19,7 +19,7 @@ from service.errors import HalfstepError
 # Who owns which command. Only the owner of the one that is asked for is imported: `halfstep stats` need not
 # wait for SQLAlchemy and Alembic.
 OWNERS = {
-    "service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "openapi"),
+    "service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "restored", "openapi"),
     "service.cli.jobs": ("submit", "jobs", "stats", "watch"),
     "service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
     "service.cli.keys": ("keys",),

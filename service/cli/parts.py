@@ -28,7 +28,9 @@ from service.settings import Settings
 from service.storage import storage
 from service.store.database import Database
 from service.store.keys import SCOPES, import_secret
+from service.store.schema import check_current
 from service.store.schema import migrate as migrate_database
+from service.store.upkeep import give_back_held
 
 # The worker has HALFSTEP_DRAIN_SECONDS and a little more, the others what is left of the whole: with the
 # default everything is gone within 30 s.
@@ -52,7 +54,7 @@ Port = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    for command in (up, api, worker, dispatch, migrate, openapi):
+    for command in (up, api, worker, dispatch, migrate, restored, openapi):
         app.command()(command)
 
 
@@ -98,6 +100,19 @@ def dispatch() -> None:
 def migrate() -> None:
     """Bring the database to this version's schema, and store HALFSTEP_BOOTSTRAP_KEY if one is given."""
     _migrate(Settings())
+
+
+def restored() -> None:
+    """After a backup was restored: queue again, uncharged, what workers held when the copy was taken."""
+    database = Database(Settings().sql_url)
+    try:
+        check_current(database)
+        given_back = 0
+        while some := database.retry(give_back_held):
+            given_back += len(some)
+    finally:
+        database.dispose()
+    print(f"{given_back} jobs that were held go on")
 
 
 def openapi() -> None:

@@ -31,7 +31,13 @@ from service.store.records import (
 )
 from service.store.submissions import NewJob, new_job_id, requirements, submit, submit_all
 from service.store.tables import job_tags, job_transitions, jobs
-from service.store.upkeep import fail_without_worker, mark_published, reap, unclaimed
+from service.store.upkeep import (
+    fail_without_worker,
+    give_back_held,
+    mark_published,
+    reap,
+    unclaimed,
+)
 from service.store.workers import Capability, Requirements
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "fail_without_worker",
     "finish",
     "get",
+    "give_back_held",
     "list_jobs",
     "mark_published",
     "mark_running",

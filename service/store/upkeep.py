@@ -45,6 +45,31 @@ def reap(s: Session) -> list[Job]:
     ]
 
 
+def give_back_held(s: Session) -> list[Job]:
+    """Give back every job that somebody holds, uncharged; returns what became of them, at most 100 at a time.
+
+    For a restored copy, whose holders are gone and did nothing wrong. One that lives after all stops at its
+    next write.
+    """
+    held = s.execute(
+        select(*JOB_COLUMNS)
+        .where(jobs.c.lease_until.is_not(None))
+        .order_by(jobs.c.id)
+        .limit(_BATCH)
+        .with_for_update(key_share=True)
+    ).all()
+    return [
+        give_back(
+            s,
+            job,
+            charge_attempt=False,
+            why=f"restored from a copy, in which {job.worker} held it",
+            exhausted=ReasonCode.WORKER_LOST,
+        )
+        for job in map(job_from, held)
+    ]
+
+
 def unclaimed(s: Session, *, older_than: float, limit: int) -> list[str]:
     """Ids of jobs queued for `older_than` seconds whose next wake-up is due, in the order of claims."""
     return list(

@@ -94,6 +94,17 @@ def test_an_expired_lease_goes_back_and_the_old_holder_is_refused(
         database.retry(lambda s: jobs.mark_running(s, job_id, claimed.fence))
 
 
+def test_after_a_long_stop_workers_have_their_time_to_register(
+    settings: Settings, database: Database, sent: list[str]
+) -> None:
+    job_id = submit(database)
+    age(database, 86_400, "queued_at")
+    dispatch.one_round(settings, database, up_seconds=999)
+    assert state(database, job_id)[0] == "queued"
+    dispatch.one_round(settings, database, up_seconds=1000)
+    assert state(database, job_id)[0] == "failed"
+
+
 def test_what_no_worker_can_run_fails_with_the_remedy(
     settings: Settings, database: Database, sent: list[str]
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import update
 
 from service.contract.states import JobState, ReasonCode
-from service.errors import NotFound
+from service.errors import NotFound, StaleFence
 from service.store import jobs, workers
 from service.store.database import Database
 from service.store.tables import jobs as job_rows
@@ -215,3 +215,25 @@ def test_workers_not_seen_for_a_week_are_forgotten(database: Database) -> None:
         with pytest.raises(NotFound):
             workers.beat(s, "a", busy=0, draining=False)
         workers.beat(s, "b", busy=0, draining=False)
+
+
+def test_what_a_restored_copy_says_is_held_is_given_back_uncharged(database: Database) -> None:
+    last = running(database, max_attempts=1)
+    cancelled, paused = running(database), running(database)
+    starting = submitted(database)
+    claimed(database)
+    queued = submitted(database)
+    with database.begin() as s:
+        jobs.request_cancel(s, cancelled.id, tenant=None)
+        jobs.request_pause(s, paused.id, tenant=None)
+    with database.begin() as s:
+        given_back = jobs.give_back_held(s)
+    assert {job.id for job in given_back} == {last.id, cancelled.id, paused.id, starting.id}
+    assert {job.attempt for job in given_back} == {1}
+    assert [state_of(database, job) for job in (last, starting, queued)] == [JobState.QUEUED] * 3
+    assert state_of(database, cancelled) is JobState.CANCELLED
+    assert state_of(database, paused) is JobState.PAUSED
+    with pytest.raises(StaleFence), database.begin() as s:
+        jobs.renew(s, last.id, last.fence, lease_seconds=60.0, worker_id="w1")
+    with database.begin() as s:
+        assert jobs.give_back_held(s) == []
