@@ -150,6 +150,8 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
     old.start()
     ended = old.cluster.submit(paced_job("ended", max_steps=20))
     old.cluster.wait(ended)
+    gate = tmp_path / "gate"
+    held = {"model": {"name": "paced", "params": {"gate": str(gate), "gate_at": STEPS // 2}}}
     long = {
         "max_steps": STEPS,
         "checkpoint_every_steps": SAVE_EVERY,
@@ -157,8 +159,8 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
         "keep_best_checkpoint": False,
     }
     # In its only attempt, which a restore must not cost it.
-    whole = old.cluster.submit(paced_job("whole", **long) | {"max_attempts": 1})
-    damaged = old.cluster.submit(paced_job("damaged", **long))
+    whole = old.cluster.submit(paced_job("whole", **long) | held | {"max_attempts": 1})
+    damaged = old.cluster.submit(paced_job("damaged", **long) | held)
     queued = old.cluster.submit(paced_job("queued", max_steps=60))
     for job_id in (whole, damaged):
         wait_for("it has two checkpoints", lambda job_id=job_id: len(old.checkpoints(job_id)) >= 2, 90)
@@ -166,6 +168,7 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
     copy_database, files, nothing = rest.partition("copy_files\n")
     assert nothing == ""
     old.shell(define + "\n" + files + copy_database, copy)
+    gate.touch()
     named = {each["step"] for each in old.checkpoints(damaged)}
     wait_for(
         "the job has removed each checkpoint that the copied record names",
