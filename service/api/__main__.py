@@ -22,6 +22,9 @@ from service.store.schema import check_current
 
 DATABASE_WAIT_SECONDS = 30.0
 GRACE_SECONDS = 20
+# Requests come in on the event loop while a thread talks to the database: the loop waits this long at most for
+# its turn, instead of Python's 5 ms.
+SWITCH_SECONDS = 0.0005
 
 _log = structlog.get_logger(__name__)
 
@@ -45,6 +48,7 @@ def main() -> int:
     # own; it raises the signal again once it has stopped.
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         settings = Settings()
     except ValueError as error:
