@@ -22,8 +22,8 @@ from service.store.schema import check_current
 
 DATABASE_WAIT_SECONDS = 30.0
 GRACE_SECONDS = 20
-# Requests come in on the event loop while a thread talks to the database: the loop waits this long at most for
-# its turn, instead of Python's 5 ms.
+# Requests come in on the event loop while a thread talks to the database: the loop waits this long at most
+# for its turn, instead of Python's 5 ms.
 SWITCH_SECONDS = 0.0005
 
 _log = structlog.get_logger(__name__)
