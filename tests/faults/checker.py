@@ -301,7 +301,10 @@ def states_move_along_edges(evidence: Evidence) -> Iterable[Finding]:
 
 def attempts_are_bounded(evidence: Evidence) -> Iterable[Finding]:
     for job_id, job in evidence.jobs.items():
-        if not 1 <= job.attempt <= min(job.max_attempts, max(1, job.fence)):
+        # One that lost its attempt and ended in the queue is in an attempt that nobody claimed.
+        last = [state for state, _, _ in job.states[:-1]][-1:]
+        unclaimed = int(last == ["queued"] and job.fence > 0)
+        if not 1 <= job.attempt <= min(job.max_attempts, max(1, job.fence + unclaimed)):
             yield job_id, f"is in attempt {job.attempt} of {job.max_attempts} after {job.fence} claims"
 
 

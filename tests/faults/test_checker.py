@@ -269,6 +269,15 @@ def test_a_cancel_without_an_answer_may_or_may_not_have_arrived(state: str) -> N
     assert check(evidence) == []
 
 
+@pytest.mark.parametrize(("attempt", "bounded"), [(1, True), (2, True), (3, False)])
+def test_a_job_may_end_in_the_queue_after_it_lost_its_attempt(attempt: int, bounded: bool) -> None:
+    lived = ["queued", "starting", "running", "queued", "cancelled"]
+    seen = [(state, float(at), None) for at, state in enumerate(lived, start=1)]
+    evidence = job(good(), "b", states=seen, fence=1, attempt=attempt)
+    found = {violation.invariant for violation in check(evidence)}
+    assert ("attempts are bounded" not in found) is bounded
+
+
 @pytest.mark.parametrize(
     ("invariant", "spoil"), [(b[0], b[2]) for b in BROKEN], ids=[f"{b[0]}: {b[1]}" for b in BROKEN]
 )
