@@ -31,8 +31,7 @@ def frozen_copy(run: Recorded) -> dict[str, Any]:
 
 def assert_identical(left: Any, right: Any) -> None:
     if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right) or (left.isnan() == right.isnan()).all()
-        assert left.dtype == right.dtype
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
     elif isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in left:
@@ -298,18 +297,39 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped(fused: bool) -> None:
     assert_identical(frozen_copy(run), before)
 
 
-def test_a_gradient_that_overflows_as_it_is_unscaled_is_skipped() -> None:
+# A scale that is below 1 from the start, and one that comes there.
+@pytest.mark.parametrize("initial_scale", [2.0**-30, 1.0])
+def test_a_gradient_that_overflows_as_it_is_unscaled_is_skipped(initial_scale: float) -> None:
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(1e-5)
-    config = MixedPrecisionConfig(**UNCAST, initial_scale=2.0**-30, min_scale=2.0**-30)
+    config = MixedPrecisionConfig(**UNCAST, initial_scale=initial_scale, min_scale=2.0**-30)
     run = Recorded(
         config,
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),
         criterion=lambda output, target: output.sum() * 1e9,
     )
-    # The gradient is 1e39, beyond FP32; scaled by 2^-30 it is not.
-    row = run.run([(torch.full((1, 1), 1e30), torch.zeros(1))])[0]
-    assert row.skipped
+    # The gradient is 1e39, beyond FP32; scaled by 2^-2 it is not.
+    rows = run.run([(torch.full((1, 1), 1e30), torch.zeros(1))] * 4)
+    assert [row.skipped for row in rows] == [True] * 4
+    assert rows[-1].scale < 0.25
+    assert model.weight.item() == pytest.approx(1e-5)
+
+
+def test_a_gradient_that_overflows_as_it_is_stretched_is_skipped() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1e-5)
+    run = Recorded(
+        MixedPrecisionConfig(precision_level="fp32"),
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        criterion=lambda output, target: output.sum() * 1e9,
+        gradient_accumulation_steps=4,
+    )
+    # The gradient is 1e39, beyond FP32; the quarter that one of four micro-batches adds is not.
+    run.trainer.train_step(torch.full((1, 1), 1e30), torch.zeros(1))
+    assert run.trainer.finish_accumulation()
+    assert [row.skipped for row in run.run([])] == [True]
     assert model.weight.item() == pytest.approx(1e-5)

@@ -305,13 +305,15 @@ class TrainingStep:
     def _conclude(self, group: Group) -> Ended:
         group.gradients = self._gradients.collect()
         loss = cast("Tensor", group.loss_sum)
-        return self._ending.conclude(
+        ended = self._ending.conclude(
             group.gradients,
             (loss / group.seen if group.seen > 1 else loss).float(),
             # A streamed step that ended early: each backward pass was divided by the announced size.
             stretch=group.size / group.seen,
             wait=self._probe.must_wait(self.steps),
         )
+        group.prepared = False  # what fails from here on undoes nothing of it
+        return ended
 
     def _close(self, group: Group, ended: Ended) -> EndedRow:
         present = cast("Present", group.gradients)
@@ -357,12 +359,12 @@ class TrainingStep:
         return found
 
     def _abandon(self, group: Group) -> None:
-        # The caller's exception ends this step as if it had not begun: a retry sees the same buffers and
-        # gradients.
+        # Until its update is made, an exception ends this step as if it had not begun: a retry sees the same
+        # buffers and gradients.
         self._group = None
         self._gradients.release()
         self._policy.release_gradients()
-        if group.prepared and group.seen < group.size:
+        if group.prepared:
             self._buffers.restore()
 
     def _terms_now(self) -> Terms:
