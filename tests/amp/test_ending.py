@@ -114,7 +114,7 @@ def test_rows_weights_and_results_are_the_same(
     assert told == other_told
     assert places == other_places
     for name, value in weights.items():
-        assert torch.equal(value, other_weights[name]) or value.isnan().any(), name
+        torch.testing.assert_close(value, other_weights[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_a_norm_too_large_for_fp32_is_no_bad_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +152,31 @@ def test_a_streamed_step_that_ends_early_is_stretched_alike(monkeypatch: pytest.
     assert len(rows) == 2
     assert rows == other_rows
     assert all(map(torch.equal, weights, other_weights))
+
+
+@pytest.mark.parametrize("most", [1.0, 0.05, 21.8, 26.9])
+def test_norms_just_below_the_most_are_clipped_alike(most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor is below 1 for some of them: 1e-6 is added to a norm, and the quotient is rounded."""
+    norms = [torch.tensor(most)]
+    for _ in range(8):
+        norms.append(torch.nextafter(norms[-1], torch.zeros(())))
+
+    def train() -> list[float]:
+        model = nn.Linear(1, 1, bias=False)
+        run = Recorded(
+            MixedPrecisionConfig(precision_level="fp32", max_grad_norm=most),
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            criterion=lambda output, _: output.sum(),
+        )
+        applied = []
+        for norm in norms[1:]:
+            with torch.no_grad():
+                model.weight.zero_()
+            run.trainer.train_step(norm.reshape(1, 1), torch.zeros(1))
+            applied.append(-model.weight.item())
+        return applied
+
+    applied, others = both(monkeypatch, train)
+    assert applied == others
+    assert applied != [norm.item() for norm in norms[1:]]

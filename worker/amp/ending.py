@@ -187,7 +187,7 @@ def clip_factor(grad_norm: Tensor, most: float) -> Tensor:
 
 def may_overflow_unscaling(config: MixedPrecisionConfig, stretch: float) -> bool:
     """Whether gradients that were finite before unscaling may not be so after it."""
-    return config.min_scale < 1.0 or config.initial_scale < 1.0 or stretch > 1
+    return config.min_scale < 1.0 or stretch > 1
 
 
 def underflows(scale: Tensor, grad_norm: Tensor, rounding: float, threshold: float) -> Tensor:
