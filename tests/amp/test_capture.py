@@ -6,6 +6,7 @@ On a CPU a stand-in records operations as strictly as a graph would; tests/gpu h
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,43 @@ def test_what_a_step_returned_stays_its_own(recordings: Recordings) -> None:
         assert repr(result["loss"]) == repr(row.loss)
         assert (result["current_scale"], result["nan_detected"]) == (row.scale, row.nan)
         assert result["output_shape"] == (8, 4)
+
+
+def test_what_a_step_of_several_micro_batches_returned_stays_its_own(recordings: Recordings) -> None:
+    told = []
+    for capture in ("off", "auto"):
+        run = start(capture, gradient_accumulation_steps=2, **BF16)
+        run.model.train()
+        batches = make_batches(100)
+        results = [run.trainer.train_group(pair) for pair in zip(batches[::2], batches[1::2], strict=True)]
+        told.append([result["loss"] for result in results])
+    assert recordings.replayed > 10
+    eager, captured = told
+    assert captured == eager
+    assert len(set(captured)) == 50
+
+
+class Idle(nn.Module):
+    """Its first layer takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.idle = nn.Linear(12, 16)
+        self.net = make_mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.net(x)
+        return output
+
+
+def test_gradients_that_are_kept_are_their_own_parameters(recordings: Recordings) -> None:
+    run = both(lambda run: run.run(make_batches(50)), Idle, memory_efficiency=False, **BF16)
+    assert recordings.replayed > 10
+    assert [parameter.grad is None for parameter in run.model.idle.parameters()] == [True, True]
+    shapes = [(p.grad.shape, p.shape) for p in run.model.net.parameters() if p.grad is not None]
+    assert len(shapes) == 6
+    assert all(ours == theirs for ours, theirs in shapes)
 
 
 def test_gradients_that_are_kept_are_those_of_the_step(recordings: Recordings) -> None:
@@ -426,6 +464,26 @@ def test_a_resumed_run_captures_and_goes_on_alike(recordings: Recordings) -> Non
     second.run(batches[90:])
     assert recordings.recorded == before + 1
     assert [decided(row) for row in second.rows] == [decided(row) for row in straight.rows[90:]]
+
+
+def test_an_engine_state_of_another_precision_is_recorded_anew(
+    recordings: Recordings, tmp_path: Path
+) -> None:
+    settings = {"mode": "adaptive", "precision_level": "bf16", "adaptive_threshold": 0.0}
+    demoted = start("off", **settings)
+    demoted.run(poisoned(64, *range(60, 64)))
+    assert [event.data["to"] for event in demoted.events if event.type == "precision"][-1] == "float32"
+    file = tmp_path / "state.pt"
+    demoted.trainer.save_mixed_precision_state(file)
+
+    def drive(run: Recorded) -> None:
+        run.run(make_batches(60))
+        run.trainer.load_mixed_precision_state(file)  # the optimizer's own state stays
+        run.run(make_batches(20, seed=2))
+
+    run = both(drive, **settings)
+    assert run.rows[-1].compute_dtype == "float32"
+    assert recordings.recorded == 2
 
 
 def test_a_replay_that_fails_leaves_the_buffers_of_the_step_before(recordings: Recordings) -> None:

@@ -1,5 +1,6 @@
 """A run that stops at any step and goes on in a new process is the run that did not stop."""
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_norm_net
+from tests.amp.test_capture import decided
+from tests.amp.test_skipped_step import assert_identical, frozen_copy
 from worker.amp import MixedPrecisionConfig
 from worker.amp.errors import StateMismatchError
 
@@ -73,6 +76,47 @@ def test_resume_is_bit_exact_at_every_step(settings: dict[str, Any], optimizer: 
         mine_stats = second.trainer.get_mixed_precision_stats()
         for key in ("current_step", "current_scale", "overflow_count", "nan_count", "average_scale"):
             assert mine_stats[key] == theirs_stats[key]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum-fused"])
+def test_a_run_that_goes_back_to_a_saved_state_forgets_what_came_after(optimizer: str) -> None:
+    settings = {"precision_level": "fp16", "scale_window": 4, "max_scale": 2.0**30}
+    batches = make_batches(TOTAL)
+    straight, back = start(settings, optimizer), start(settings, optimizer)
+    torch.manual_seed(12)
+    straight.run(batches)
+    torch.manual_seed(12)
+    back.run(batches[:20])
+    saved, generator = copy.deepcopy(back.trainer.state_dict()), torch.get_rng_state()
+    for batch in batches[20:35]:  # read at step 32, and three more that are not
+        back.trainer.train_step(*batch)
+    assert back.rows[-1].step == 32
+    back.trainer.load_state_dict(saved)
+    torch.set_rng_state(generator)
+    rows = back.run(batches[20:])[32:]
+    assert [decided(row) for row in rows] == [decided(row) for row in straight.rows[20:]]
+    assert_identical(frozen_copy(back), frozen_copy(straight))
+    ours, theirs = (run.trainer.state_dict() for run in (back, straight))
+    assert_identical(ours["schedule"], theirs["schedule"])
+    assert_identical(ours["optimizer"], theirs["optimizer"])
+
+
+# Torch says so of any scheduler that a new process steps first; the step before it was another process's.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(("applied", "rate"), [(True, 5e-3), (False, 1e-2)])
+def test_whether_an_epoch_has_an_applied_step_is_saved(applied: bool, rate: float) -> None:
+    def begin() -> Recorded:
+        model = make_norm_net()
+        optimizer = OPTIMIZERS["adamw-fused"](model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        return Recorded(MixedPrecisionConfig(precision_level="bf16"), model, optimizer, scheduler=scheduler)
+
+    ((data, target),) = make_batches(1)
+    first, second = begin(), begin()
+    first.run([(data if applied else data * float("nan"), target)])
+    second.trainer.load_state_dict(copy.deepcopy(first.trainer.state_dict()))
+    second.trainer.end_epoch()
+    assert second.optimizer.param_groups[0]["lr"] == rate
 
 
 def test_saved_mixed_precision_state_is_tensors_and_primitives(tmp_path: Path) -> None:

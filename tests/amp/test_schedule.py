@@ -110,8 +110,12 @@ def test_a_resumed_run_picks_the_same_rates(scheduler: str, optimizer: str) -> N
     first.run(batches[:25])
     file = io.BytesIO()
     torch.save(first.trainer.state_dict(), file)
-    first.run(batches[25:])
+    first.run(batches[25:33])
+    first.trainer.state_dict()
+    first.run(batches[33:])
     assert [row.learning_rate for row in first.rows] == expected, "saving does not disturb"
+    for mine, theirs in zip(first.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
     file.seek(0)
     second = start()
     second.trainer.load_state_dict(torch.load(file, weights_only=True))

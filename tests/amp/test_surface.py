@@ -398,6 +398,21 @@ class TestBadSetup:
             run.run(make_batches(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_losses_are_added_and_divided_in_fp32(dtype: torch.dtype) -> None:
+    model = make_mlp()
+    run = Recorded(
+        MixedPrecisionConfig(precision_level="fp32"),
+        model,
+        OPTIMIZERS["adamw"](model.parameters()),
+        criterion=lambda output, target: nn.functional.cross_entropy(output, target).to(dtype),
+        gradient_accumulation_steps=3,
+    )
+    losses = [run.trainer.train_step(*batch)["loss"] for batch in make_batches(3)]
+    (row,) = run.run([])
+    assert row.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
 def test_a_one_dimensional_fp16_loss_survives_its_scale() -> None:
     model = make_mlp()
     run = Recorded(

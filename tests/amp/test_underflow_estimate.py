@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,31 @@ def test_bf16_and_fp32_have_none() -> None:
         ).run(make_batches(1))[0]
         assert row.underflow_estimate == 0.0
         assert not row.underflow
+
+
+@pytest.mark.usefixtures("ending")
+def test_a_bad_step_does_not_underflow_and_ends_a_run_of_underflows() -> None:
+    model = make_net(8, 1, 1.0, seed=0)
+    config = MixedPrecisionConfig(
+        precision_level="fp16", initial_scale=4.0, max_scale=4.0, underflow_threshold=1e-9
+    )
+    run = Recorded(
+        config,
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-3),
+        criterion=lambda output, target: output.float().square().mean() + target,
+    )
+    # The tenth loss is infinite by itself: its gradients are as small as the others'.
+    batches = [
+        (data, torch.tensor(math.inf if number == 10 else 0.0))
+        for number, (data, _) in enumerate(make_batches(64), start=1)
+    ]
+    rows = run.run(batches)
+    assert [row.step for row in rows if not row.underflow] == [10]
+    assert rows[9].nan
+    assert rows[9].underflow_estimate > 1e-9
+    told = [event.step for event in run.events if event.type == "range_exhausted"]
+    assert told == [10 + 32], "after 32 in a row"
 
 
 def test_a_run_that_underflows_at_max_scale_is_told_to_use_bf16() -> None:
