@@ -10,6 +10,7 @@ that has requirements-peers.txt installed, with the other libraries as well.
 import argparse
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from benchmarks.loops.ours import LOOPS
 from benchmarks.loops.peers import present
 from benchmarks.loops.works import PRECISIONS, WORKS, Loop, Setting
 from benchmarks.report import Report, options
+from worker.slots import ALLOCATOR
 
 BASE = "bare, fused"
 _STEPS_PER_BLOCK = 32
@@ -105,7 +107,8 @@ def _in_process(arguments: argparse.Namespace, work: str, precision: str, thread
     command += ["--works", work, "--precisions", precision, "--threads", str(threads)]
     command += ["--rounds", str(arguments.rounds), "--block-seconds", str(arguments.block_seconds)]
     command += ["--no-peers"] * arguments.no_peers
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # Every loop allocates as a job's process does: else the spread is that of page faults, ours and theirs.
+    done = subprocess.run(command, env=ALLOCATOR | os.environ, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

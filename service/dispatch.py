@@ -18,6 +18,7 @@ import structlog
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from service.contract.states import JobState
 from service.errors import HalfstepError, NotFound, StoreUnavailable
 from service.faultpoints import reach
 from service.logs import configure
@@ -25,7 +26,7 @@ from service.queue import enqueue
 from service.settings import Settings
 from service.storage import storage
 from service.store import jobs, schema
-from service.store.database import Database
+from service.store.database import Database, connect
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +47,11 @@ def one_round(settings: Settings, database: Database, *, up_seconds: float = mat
     Raises:
         StoreUnavailable: The database is away; the next round tries again.
     """
-    for job in database.retry(_reap):
+    given_back = database.retry(_reap)
+    for job in given_back:
         log.warning("lease expired", job_id=job.id, state=job.state, attempt=job.attempt)
+    if queued := [job.id for job in given_back if job.state is JobState.QUEUED]:
+        enqueue(settings, *queued)  # at once; what comes of it the rounds below see to
     if up_seconds >= settings.no_worker_seconds:
         for job in database.retry(
             lambda s: jobs.fail_without_worker(
@@ -121,7 +125,7 @@ def _sweep(settings: Settings, database: Database) -> None:
 def run(settings: Settings, stop: threading.Event) -> None:
     """Rounds every `dispatch_seconds` until `stop` is set."""
     storage(settings)  # a URL that nothing serves is told now
-    database = Database(settings.sql_url)
+    database = connect(settings)
     schema.check_current(database)
     log.info("dispatcher ready", every_seconds=settings.dispatch_seconds)
     away = False

@@ -3,6 +3,7 @@
 Imports no torch: what the device can do is learnt from a job's process. `python -m worker.app` starts it.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -24,17 +25,15 @@ from service.settings import Settings
 from service.storage import storage
 from service.store import components, schema, workers
 from service.store.components import ComponentInfo
-from service.store.database import Database
+from service.store.database import Database, connect
 from service.store.jobs import new_job_id
 from service.store.workers import Capability
 from worker.process import Spawner
 from worker.protocol import Ready
-from worker.slots import Slot, build_slots
+from worker.slots import READY_SECONDS, Slot, build_slots
 from worker.tasks import Runner, register
 
 log = structlog.get_logger(__name__)
-
-READY_SECONDS = 180.0
 
 
 def _learn(slot: Slot) -> Ready:
@@ -112,6 +111,7 @@ class _Registration:
         except NotFound:
             log.warning("this worker's row is gone; registering again")
             self._write()
+        runner.look()
 
 
 def _leave_logging_alone(**_: object) -> None:
@@ -121,7 +121,7 @@ def _leave_logging_alone(**_: object) -> None:
 def serve(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT; returns when every process of its own is gone."""
     storage(settings)  # a URL that nothing serves is told before a job is claimed
-    database = Database(settings.sql_url)
+    database = connect(settings)
     schema.check_current(database)
     slots = build_slots(settings, Spawner())
     ready = _learn(slots[0])
@@ -182,7 +182,8 @@ def serve(settings: Settings) -> None:
         slots=len(slots),
         torch=ready.versions.get("torch"),
     )
-    threading.Thread(target=runner.run_until_idle, args=(None,), name="first-look", daemon=True).start()
+    with contextlib.suppress(StoreUnavailable):  # each heartbeat looks again
+        runner.look()
     controller.start()
     stopping.set()
     watcher.join()

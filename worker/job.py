@@ -20,7 +20,7 @@ from service.faultpoints import reach
 from service.settings import Settings
 from service.storage import mirror
 from service.store import events
-from service.store.database import Database
+from service.store.database import Database, connect
 from worker.protocol import Done, Ready, RunOrder
 from worker.reporting import FIRST_FENCE, Reporter
 from worker.training import components
@@ -62,7 +62,7 @@ def prepare(*, probe: bool) -> Prepared:
     components.load_modules(settings.component_modules)
     take_a_step()
     mirror(settings)  # its library is loaded before an order comes
-    database = Database(settings.sql_url)
+    database = connect(settings)
     with contextlib.suppress(StoreUnavailable):  # the job will wait for it, should it still be away then
         database.ping()
     return Prepared(_ready(settings, probe=probe), settings, database)
@@ -81,7 +81,7 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
     if settings.model_dump(mode="json") != order.settings:  # a file that they are read from has changed since
         database.dispose()
         settings = Settings.model_validate(order.settings)
-        database = Database(settings.sql_url)
+        database = connect(settings)
     spec = JobSpec.model_validate(order.spec)
     # Records name files by their place below the data directory, so that a restored copy of both is whole.
     root = settings.data_dir

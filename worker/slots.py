@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
 import structlog
@@ -19,6 +20,17 @@ from worker.process import ChildProcess, Spawner
 from worker.protocol import Ready
 
 log = structlog.get_logger(__name__)
+
+READY_SECONDS = 180.0  # until torch is imported, from however slow a disk
+
+# A training step frees what the next one allocates again. By its changing defaults glibc may give that back
+# to the kernel each time, and the next step faults thousands of pages in. With these it keeps up to 1 GiB, and
+# every block up to 32 MiB, the most it allows. The resident set so stays at what the job once needed.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(16 * 2**20),
+}
 
 
 @dataclass(slots=True)
@@ -38,6 +50,20 @@ class Slot:
             if self._warm is None or not self._warm.alive:
                 self._warm = self._spawn(probe=probe)
             return self._warm
+
+    def wait_until_warm(self) -> bool:
+        """Wait for the waiting process to be ready; False, and a line in the log, where none can be had."""
+        child = self.warm_up()
+        try:
+            child.ready.result(timeout=READY_SECONDS)
+        except FutureTimeoutError:
+            log.error("the job's process did not start", slot=self.index, seconds=READY_SECONDS)
+            self.close()
+        except RuntimeError as error:
+            log.error("the job's process cannot start", slot=self.index, error=str(error))
+        else:
+            return True
+        return False
 
     def take(self) -> ChildProcess:
         """The waiting process, or a new one; it takes its order as soon as torch is imported."""
@@ -120,6 +146,8 @@ def build_slots(settings: Settings, spawner: Spawner) -> list[Slot]:
         "MKL_NUM_THREADS": str(threads),
         # By default threads spin while they wait for each other. Beside anything else that runs on the
         # machine, the API or a second job, that makes steps several times slower.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **ALLOCATOR,
     }
+    environment |= {name: os.environ[name] for name in ("OMP_WAIT_POLICY", *ALLOCATOR) if name in os.environ}
     return [Slot(index, "cpu", environment, spawner) for index in range(settings.worker_slots)]

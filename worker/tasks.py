@@ -19,7 +19,7 @@ from service.contract.spec import JobSpec
 from service.contract.states import JobState, ReasonCode, RequestedAction
 from service.errors import StaleFence, StoreUnavailable
 from service.faultpoints import reach
-from service.queue import RUN_JOB
+from service.queue import RUN_JOB, enqueue
 from service.settings import Settings
 from service.store import events, jobs
 from service.store.database import Database
@@ -88,8 +88,25 @@ class Runner:
         for slot in self._slots:
             slot.close()
 
+    def look(self) -> None:
+        """Start on what waits, without a message, which a broker may lose or a worker that hangs has taken.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        if self._draining.is_set() or not (free := self._free.qsize()):
+            return
+        with self._database.read() as session:
+            if not jobs.any_waiting(session, capability=self._capability):
+                return
+        for _ in range(free):
+            threading.Thread(target=self.run_until_idle, args=(None,), name="look", daemon=True).start()
+
     def run_until_idle(self, hint: str | None) -> None:
         """Run jobs one after another at a free slot until none is left that this worker can run.
+
+        A job is claimed only once a process is ready for it: until then another worker may take it, and
+        a host on which no process starts costs no job an attempt.
 
         Args:
             hint: The id in the message; claimed first only if nothing more urgent waits.
@@ -99,7 +116,7 @@ class Runner:
         except queue.Empty:
             return  # each slot asks for more when its job ends
         try:
-            while not self._draining.is_set():
+            while self._may_claim(slot):
                 job = self._claim(hint)
                 if job is None:
                     return
@@ -108,6 +125,10 @@ class Runner:
                     self._run(slot, job)
         finally:
             self._free.put(slot)
+
+    def _may_claim(self, slot: Slot) -> bool:
+        # Looked at on either side of a wait that may take seconds.
+        return not self._draining.is_set() and slot.wait_until_warm() and not self._draining.is_set()
 
     def _claim(self, hint: str | None) -> jobs.Job | None:
         def claim(session: Session) -> jobs.Job | None:
@@ -231,6 +252,8 @@ class Runner:
             log.error("the job's end could not be written; it runs again after its lease", error=str(error))
         else:
             reach("conclude.after_commit")
+            if after.state is JobState.QUEUED:  # another worker may have a process ready
+                enqueue(self._settings, job.id)
             log.info(
                 "job ended",
                 state=str(after.state),

@@ -17,7 +17,7 @@ from service.errors import ConfigurationError, StoreUnavailable
 from service.settings import Settings
 from service.storage import storage
 from service.store import keys
-from service.store.database import Database
+from service.store.database import Database, connect
 from service.store.schema import check_current
 
 DATABASE_WAIT_SECONDS = 30.0
@@ -55,7 +55,7 @@ def main() -> int:
         sys.stderr.write(f"halfstep api: {error}\n")
         return 2
     logs.configure(settings, "api")
-    database = Database(settings.sql_url)
+    database = connect(settings)
     try:
         storage(settings)  # a URL that nothing serves is told now
         _when_reachable(database)

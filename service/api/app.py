@@ -29,7 +29,7 @@ from service.api.summaries import Summaries
 from service.api.watch import JobWatcher
 from service.settings import Settings
 from service.store import metrics as record
-from service.store.database import Database
+from service.store.database import Database, connect
 
 API_VERSION = "1.0"
 """Of the HTTP contract, which changes less often than the package."""
@@ -54,7 +54,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
 
     A database made here is closed when the application ends; one that is passed in stays its owner's.
     """
-    store = database if database is not None else Database(settings.sql_url)
+    store = database if database is not None else connect(settings)
 
     def versions(job_ids: Sequence[str]) -> Mapping[str, int]:
         with store.read() as session:

@@ -14,7 +14,7 @@ import typer
 from service.errors import HalfstepError
 from service.settings import Settings
 from service.store import jobs, workers
-from service.store.database import Database
+from service.store.database import Database, connect
 
 OVERDUE_SECONDS = 60.0  # the dispatcher's rounds are a second apart
 API_TIMEOUT_SECONDS = 3.0
@@ -47,7 +47,7 @@ def health(
     if part is PartName.API:
         _api(settings)
         return
-    database = Database(settings.sql_url)
+    database = connect(settings)
     try:
         if part is PartName.WORKER:
             _worker(settings, database)

@@ -17,7 +17,7 @@ from service.cli.render import print_wide
 from service.errors import ConfigurationError, NotFound
 from service.settings import Settings
 from service.store import keys as stored
-from service.store.database import Database
+from service.store.database import Database, connect
 from service.store.schema import check_current
 
 app = typer.Typer(help="API keys, directly in the database.", no_args_is_help=True)
@@ -125,7 +125,7 @@ def _database() -> Iterator[Database]:
         raise ConfigurationError(
             f"no database in {settings.data_dir}; run `halfstep migrate` first, or set HALFSTEP_DATA_DIR"
         )
-    database = Database(settings.sql_url)
+    database = connect(settings)
     try:
         check_current(database)
         yield database

@@ -26,7 +26,7 @@ from service.cli.supervisor import Part, Supervisor
 from service.errors import ConfigurationError
 from service.settings import Settings
 from service.storage import storage
-from service.store.database import Database
+from service.store.database import connect
 from service.store.keys import SCOPES, import_secret
 from service.store.schema import check_current
 from service.store.schema import migrate as migrate_database
@@ -104,7 +104,7 @@ def migrate() -> None:
 
 def restored() -> None:
     """After a backup was restored: queue again, uncharged, what workers held when the copy was taken."""
-    database = Database(Settings().sql_url)
+    database = connect(Settings())
     try:
         check_current(database)
         given_back = 0
@@ -128,7 +128,7 @@ def _migrate(settings: Settings) -> None:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     migrate_database(settings.sql_url)
     if settings.bootstrap_key:
-        database = Database(settings.sql_url)
+        database = connect(settings)
         try:
             database.retry(
                 lambda session: import_secret(

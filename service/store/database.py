@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from service.errors import StoreUnavailable
+from service.settings import Settings
 
 T = TypeVar("T")
 Dialect = Literal["sqlite", "postgresql"]
@@ -50,15 +51,27 @@ class Database:
         pool_size: connections kept; as many again may be opened for a burst.
         statement_seconds: longest time for one statement on PostgreSQL.
         lock_seconds: longest wait for a lock, on either database.
+        idle_seconds: longest pause inside a transaction on PostgreSQL, which then ends it. A process that is
+            frozen there, or whose host is gone, keeps what it has locked for as long: at most a lease.
     """
 
     def __init__(
-        self, url: str, *, pool_size: int = 10, statement_seconds: float = 10.0, lock_seconds: float = 3.0
+        self,
+        url: str,
+        *,
+        pool_size: int = 10,
+        statement_seconds: float = 10.0,
+        lock_seconds: float = 3.0,
+        idle_seconds: float = 10.0,
     ) -> None:
         self.url = driver_url(url)
         self.dialect = cast("Dialect", self.url.get_backend_name())
         self._engine = make_engine(
-            self.url, pool_size=pool_size, statement_seconds=statement_seconds, lock_seconds=lock_seconds
+            self.url,
+            pool_size=pool_size,
+            statement_seconds=statement_seconds,
+            lock_seconds=lock_seconds,
+            idle_seconds=idle_seconds,
         )
         self._reads = self._engine.execution_options(postgresql_readonly=True)
         self._writes = self._engine.execution_options(**{_WRITES: True})
@@ -121,6 +134,12 @@ class Database:
         self._engine.dispose()
 
 
+def connect(settings: Settings) -> Database:
+    """The installation's database. No connection is opened yet."""
+    # What a frozen process, or one whose host is gone, has locked must be free when its lease ends.
+    return Database(settings.sql_url, idle_seconds=min(10.0, settings.lease_seconds))
+
+
 def driver_url(url: str | URL) -> URL:
     """The URL with the driver this store uses.
 
@@ -136,7 +155,9 @@ def driver_url(url: str | URL) -> URL:
     raise ValueError(f"{parsed.drivername} is not a SQLite file or PostgreSQL")
 
 
-def make_engine(url: URL, *, pool_size: int, statement_seconds: float, lock_seconds: float) -> Engine:
+def make_engine(
+    url: URL, *, pool_size: int, statement_seconds: float, lock_seconds: float, idle_seconds: float
+) -> Engine:
     """An engine with this store's pragmas and timeouts. Connections open when they are first used."""
     if url.get_backend_name() == "sqlite":
         engine = create_engine(
@@ -152,7 +173,7 @@ def make_engine(url: URL, *, pool_size: int, statement_seconds: float, lock_seco
     milliseconds = {
         "statement_timeout": statement_seconds,
         "lock_timeout": lock_seconds,
-        "idle_in_transaction_session_timeout": statement_seconds,
+        "idle_in_transaction_session_timeout": idle_seconds,
     }
     return create_engine(
         url,

@@ -20,7 +20,7 @@ from service.store.checkpoints import (
 from service.store.clock import db_now
 from service.store.control import request_cancel, request_pause, request_resume
 from service.store.deletions import Leftovers, delete, expired, sweep, unswept
-from service.store.leases import claim, finish, mark_running, release, renew, requested
+from service.store.leases import any_waiting, claim, finish, mark_running, release, renew, requested
 from service.store.records import (
     JOB_COLUMNS,
     Job,
@@ -49,6 +49,7 @@ __all__ = [
     "Requirements",
     "Transition",
     "active_seconds",
+    "any_waiting",
     "checkpoints",
     "claim",
     "counts",

@@ -30,17 +30,7 @@ def claim(
         order.insert(2, (jobs.c.id == hint).desc())
     best = (
         select(jobs.c.id)
-        .where(
-            jobs.c.state == JobState.QUEUED,
-            can_run(
-                jobs.c.device,
-                jobs.c.needs_bf16,
-                jobs.c.min_memory_bytes,
-                device_type=literal(capability.device_type),
-                bf16=literal(capability.bf16),
-                memory_bytes=literal(capability.memory_bytes),
-            ),
-        )
+        .where(*_waits_for(capability))
         .order_by(*order)
         .limit(1)
         .with_for_update(skip_locked=True, key_share=True)
@@ -65,6 +55,11 @@ def claim(
     job = job_from(row)
     record_states(s, job, [(JobState.STARTING, f"claimed by {job.worker}, attempt {job.attempt}")])
     return job
+
+
+def any_waiting(s: Session, *, capability: Capability) -> bool:
+    """Whether a job is queued that this worker can run; a read, which a claim is not."""
+    return s.execute(select(jobs.c.id).where(*_waits_for(capability)).limit(1)).first() is not None
 
 
 def renew(
@@ -210,6 +205,20 @@ _DIED = (
 _CANCELLED = status(
     ReasonCode.CANCELLED_BY_USER, "The job was cancelled on request. A retry can go on from its checkpoints."
 )
+
+
+def _waits_for(capability: Capability) -> tuple[ColumnElement[bool], ...]:
+    return (
+        jobs.c.state == JobState.QUEUED,
+        can_run(
+            jobs.c.device,
+            jobs.c.needs_bf16,
+            jobs.c.min_memory_bytes,
+            device_type=literal(capability.device_type),
+            bf16=literal(capability.bf16),
+            memory_bytes=literal(capability.memory_bytes),
+        ),
+    )
 
 
 def _mine(job_id: str, fence: int, worker_id: str) -> tuple[ColumnElement[bool], ...]:

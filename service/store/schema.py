@@ -37,7 +37,11 @@ def migrate(url: str) -> None:
     if parsed.get_backend_name() == "sqlite" and parsed.database is not None:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = make_engine(
-        parsed, pool_size=1, statement_seconds=_PATIENCE_SECONDS, lock_seconds=_PATIENCE_SECONDS
+        parsed,
+        pool_size=1,
+        statement_seconds=_PATIENCE_SECONDS,
+        lock_seconds=_PATIENCE_SECONDS,
+        idle_seconds=_PATIENCE_SECONDS,
     )
     try:
         with _alone(engine) as connection:

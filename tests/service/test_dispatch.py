@@ -29,7 +29,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
-    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, job_id: ids.append(job_id) or True)
+    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, *some: ids.extend(some) or True)
     return ids
 
 
@@ -90,6 +90,7 @@ def test_an_expired_lease_goes_back_and_the_old_holder_is_refused(
     age(database, 120, "lease_until")
     dispatch.one_round(settings, database)
     assert state(database, job_id) == ("queued", 2)
+    assert sent == [job_id], "somebody is woken for it at once"
     with pytest.raises(StaleFence):
         database.retry(lambda s: jobs.mark_running(s, job_id, claimed.fence))
 

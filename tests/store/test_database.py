@@ -6,13 +6,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.errors import StoreUnavailable
+from service.settings import Settings
 from service.store import jobs, metrics
-from service.store.database import Database, is_transient
+from service.store.database import Database, connect, is_transient
+from service.store.tables import jobs as job_rows
 from tests.store.making import LIVE, running, spec, steps, submitted
 
 
@@ -170,7 +172,7 @@ def test_a_sqlite_file_that_cannot_be_opened_is_unavailable(database: Database, 
 @pytest.mark.postgres
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_postgres_runs_under_timeouts(database_url: str) -> None:
-    db = Database(database_url, statement_seconds=0.5, lock_seconds=0.25)
+    db = Database(database_url, statement_seconds=0.5, lock_seconds=0.25, idle_seconds=0.75)
     with db.begin() as s:
         shown = {
             name: s.execute(text(f"SHOW {name}")).scalar_one()
@@ -184,12 +186,42 @@ def test_postgres_runs_under_timeouts(database_url: str) -> None:
     assert shown == {
         "statement_timeout": "500ms",
         "lock_timeout": "250ms",
-        "idle_in_transaction_session_timeout": "500ms",
+        "idle_in_transaction_session_timeout": "750ms",
         "transaction_isolation": "read committed",
     }
     with pytest.raises(StoreUnavailable, match="statement timeout"), db.begin() as s:
         s.execute(text("SELECT pg_sleep(30)"))
     db.dispose()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_a_frozen_process_has_locked_is_free_when_its_lease_ends(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    job = running(database)
+    with database.begin() as s:
+        s.execute(update(job_rows).values(lease_until=job_rows.c.created_at))
+    settings = Settings(
+        data_dir=tmp_path, database_url=database_url, lease_seconds=0.5, heartbeat_seconds=0.1
+    )
+    frozen = connect(settings)
+
+    def write_and_pause() -> None:
+        with frozen.begin() as s:
+            metrics.append(s, job.id, job.fence, steps(1, 5), LIVE)
+            time.sleep(0.2)
+            assert database.retry(jobs.reap) == [], "it still has what it has locked"
+            deadline = time.monotonic() + 3.0
+            while not (back := database.retry(jobs.reap)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert [each.id for each in back] == [job.id]
+
+    with pytest.raises(StoreUnavailable):
+        write_and_pause()
+    frozen.dispose()
+    with database.read() as s:
+        assert metrics.summarise(s, job.id).current_step == 0, "what it had not committed is gone"
 
 
 @pytest.mark.postgres

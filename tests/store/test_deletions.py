@@ -232,7 +232,9 @@ def test_jobs_are_deleted_once_they_are_old_enough_and_not_before_they_end(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_from_before_survives_the_migrations_and_can_be_deleted(kind: str, tmp_path: Path) -> None:
     with empty_database(kind, tmp_path) as url:
-        engine = make_engine(driver_url(url), pool_size=1, statement_seconds=60, lock_seconds=60)
+        engine = make_engine(
+            driver_url(url), pool_size=1, statement_seconds=60, lock_seconds=60, idle_seconds=60
+        )
         with schema._alone(engine) as connection:
             config = schema._config()
             config.attributes["connection"] = connection

@@ -11,9 +11,10 @@ import pytest
 from service.errors import ConfigurationError
 from service.settings import Settings
 from tests.e2e.cluster import alive
+from worker import slots as slots_module
 from worker.process import Spawner
 from worker.protocol import Ready
-from worker.slots import Slot, build_slots, gpu_ids
+from worker.slots import ALLOCATOR, Slot, build_slots, gpu_ids
 
 READY = Ready(capability=None, components=[], versions={})
 
@@ -81,6 +82,24 @@ def test_without_a_waiting_process_a_job_gets_a_new_one(slot: Slot, nursery: Nur
     assert not nursery.children[0].probe
 
 
+def test_whether_a_process_is_ready_is_waited_for(
+    slot: Slot, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: Any = slot.warm_up()
+    first.ready.set_result(READY)
+    assert slot.wait_until_warm()
+    assert slot.take() is first
+
+    second: Any = slot.warm_up()
+    second.ready.set_exception(RuntimeError("no torch here"))
+    assert not slot.wait_until_warm()
+
+    second.alive = False
+    monkeypatch.setattr(slots_module, "READY_SECONDS", 0.05)
+    assert not slot.wait_until_warm(), "it never is"
+    assert nursery.children[2].discarded, "the next to ask gets another"
+
+
 def test_a_closed_slot_ends_the_one_that_waits(slot: Slot, nursery: Nursery) -> None:
     slot.warm_up()
     slot.close()
@@ -142,6 +161,18 @@ def test_cpu_slots_share_the_threads(tmp_path: Path) -> None:
     found = environments(tmp_path, worker_slots=2, worker_threads=3)
     assert [each["OMP_NUM_THREADS"] for each in found] == ["3", "3"]
     assert {each["CUDA_VISIBLE_DEVICES"] for each in found} == {""}
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", *ALLOCATOR])
+def test_how_a_job_waits_and_allocates_is_ours_unless_the_operator_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    (found,) = environments(tmp_path)
+    assert found[name] == {"OMP_WAIT_POLICY": "PASSIVE", **ALLOCATOR}[name]
+    monkeypatch.setenv(name, "theirs")
+    (found,) = environments(tmp_path)
+    assert found[name] == "theirs"
 
 
 def test_what_torch_caches_stays_in_the_data_directory(

@@ -1,0 +1,198 @@
+"""When a worker claims: with a process ready, whoever woke it; and whom it wakes when it gives a job back."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from service.contract.spec import JobSpec
+from service.settings import Settings
+from service.store import jobs
+from service.store.database import Database
+from service.store.workers import Capability
+from worker import tasks
+from worker.process import Exited
+from worker.protocol import Done, Message, Ready, RunOrder
+from worker.slots import Slot
+from worker.tasks import Runner
+
+CPU = Capability(
+    device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1
+)
+READY = Ready(capability=None, components=[], versions={})
+
+
+class Child:
+    """A process that runs its job and ends it as `outcome` says, as soon as it has its order."""
+
+    def __init__(self, database: Database, outcome: str, on_order: Callable[[], None]) -> None:
+        self.database, self.on_order = database, on_order
+        self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.ready: Future[Ready] = Future()
+        self.outcome, self.pid, self.alive, self.last_words = outcome, 1, True, ""
+
+    def order(self, message: Message) -> bool:
+        if not isinstance(message, RunOrder):
+            return True
+        self.on_order()
+        self.alive = False
+        self.database.retry(lambda s: jobs.mark_running(s, message.job_id, message.fence))
+        self.inbox.put(Done(outcome=self.outcome, step=1))  # type: ignore[arg-type]
+        self.inbox.put(Exited(0))
+        return True
+
+    def discard(self) -> None:
+        self.alive = False
+
+
+class Nursery:
+    """A spawner of such children, each ready at once if `ready`."""
+
+    def __init__(self, database: Database, *, ready: bool, outcome: str = "finished") -> None:
+        self.children: list[Child] = []
+        self.database, self.ready, self.outcome = database, ready, outcome
+        self.on_order: Callable[[], None] = lambda: None
+
+    def spawn(self, _environment: dict[str, str], *, probe: bool = False) -> Child:
+        child = Child(self.database, self.outcome, self.on_order)
+        self.children.append(child)
+        if self.ready:
+            child.ready.set_result(READY)
+        return child
+
+
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    ids: list[str] = []
+    monkeypatch.setattr(tasks, "enqueue", lambda _settings, *some: ids.extend(some) or True)
+    return ids
+
+
+@pytest.fixture(autouse=True)
+def _all_ended(database: Database) -> Iterator[None]:
+    yield  # then the database is closed
+    for thread in threading.enumerate():
+        if thread.name == "look":
+            thread.join(timeout=10)
+
+
+def runner(database: Database, folder: Path, nursery: Nursery, *, slots: int = 1) -> Runner:
+    return Runner(
+        Settings(data_dir=folder, database_url=database.url.render_as_string(hide_password=False)),
+        database,
+        worker_id="w",
+        capability=CPU,
+        speeds={},
+        slots=[Slot(n, "cpu", {}, nursery) for n in range(slots)],  # type: ignore[arg-type]
+    )
+
+
+def submit(database: Database, **fields: object) -> str:
+    document = {"model": {"name": "mlp"}, "dataset": {"name": "digits"}, **fields}
+    spec = JobSpec.model_validate(document)
+    return database.retry(lambda s: jobs.submit(s, tenant="default", spec=spec))[0].id
+
+
+def state(database: Database, job_id: str) -> str:
+    with database.read() as session:
+        return str(jobs.get(session, job_id, tenant=None).state)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_job_stays_free_for_others_until_a_process_is_ready(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, tmp_path, nursery)
+    job_id = submit(database)
+    worker.look()
+    wait_for(lambda: len(nursery.children) == 1)
+    time.sleep(0.1)
+    assert state(database, job_id) == "queued"
+    nursery.ready = True
+    nursery.children[0].ready.set_result(READY)
+    wait_for(lambda: state(database, job_id) == "succeeded")
+    assert woken == []
+
+
+def test_where_no_process_starts_no_job_is_claimed_and_the_slot_is_tried_again(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, tmp_path, nursery)
+    job_id = submit(database, max_attempts=1)
+    worker.look()
+    wait_for(lambda: len(nursery.children) == 1)
+    nursery.children[0].alive = False
+    nursery.children[0].ready.set_exception(RuntimeError("no torch here"))
+    nursery.ready = True
+    wait_for(lambda: worker.look() or state(database, job_id) == "succeeded")
+    assert len(nursery.children) >= 2
+
+
+def test_a_worker_that_drains_meanwhile_claims_nothing(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, tmp_path, nursery)
+    job_id = submit(database)
+    worker.look()
+    wait_for(lambda: len(nursery.children) == 1)
+    worker.drain()
+    nursery.children[0].ready.set_result(READY)
+    time.sleep(0.1)
+    worker.look()
+    time.sleep(0.1)
+    assert state(database, job_id) == "queued"
+    assert len(nursery.children) == 1, "nor is a process started any more"
+
+
+def test_jobs_are_found_without_a_message_at_every_free_slot(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, tmp_path, nursery, slots=2)
+    worker.look()
+    time.sleep(0.05)
+    assert nursery.children == [], "nothing waits"
+    ids = [submit(database), submit(database)]
+    worker.look()
+    wait_for(lambda: len(nursery.children) == 2)
+    worker.look()  # both are about to claim: no third comes
+    nursery.ready = True
+    for child in nursery.children[:2]:
+        child.ready.set_result(READY)
+    wait_for(lambda: [state(database, job_id) for job_id in ids] == ["succeeded"] * 2)
+
+
+def test_what_this_worker_cannot_run_is_nothing_to_look_for(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=True)
+    submit(database, resources={"device": "cuda"})
+    runner(database, tmp_path, nursery).look()
+    time.sleep(0.1)
+    assert nursery.children == []
+
+
+def test_whoever_gives_a_job_back_wakes_another_for_it(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=True, outcome="drain")
+    worker = runner(database, tmp_path, nursery)
+    nursery.on_order = worker.drain
+    job_id = submit(database)
+    worker.look()
+    wait_for(lambda: woken == [job_id])
+    wait_for(lambda: worker.busy == 0)
+    assert state(database, job_id) == "queued"
