@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 READY_SECONDS = 180.0  # until torch is imported, from however slow a disk
 
 # A training step frees what the next one allocates again. By its changing defaults glibc may give that back
-# to the kernel each time, and the next step faults thousands of pages in. With these it keeps up to 1 GiB, and
-# every block up to 32 MiB, the most it allows. The resident set so stays at what the job once needed.
+# to the kernel each time, and the next step faults thousands of pages in. With these it keeps up to 1 GiB,
+# and every block up to 32 MiB, the most it allows. The resident set so stays at what the job once needed.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
