@@ -151,8 +151,8 @@ def test_a_worker_that_drains_meanwhile_claims_nothing(
     worker.drain()
     nursery.children[0].ready.set_result(READY)
     time.sleep(0.1)
-    worker.look()
-    time.sleep(0.1)
+    nursery.children[0].discard()
+    worker.run_until_idle(job_id)
     assert state(database, job_id) == "queued"
     assert len(nursery.children) == 1, "nor is a process started any more"
 
