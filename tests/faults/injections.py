@@ -363,7 +363,8 @@ class Injector:
         self._arm(fault, "child.step", "hang", skip=self.draw.randrange(40))
 
     def crash_point(self, fault: Fault) -> None:
-        point = self.draw.choice(POINTS)
+        # One that is armed already, the step that is to hang above all, stays as it is.
+        point = self.draw.choice([each for each in POINTS if each not in self.installation.armed()])
         self._arm(fault, point, times=self.draw.randint(1, 2), skip=self.draw.randrange(4))
 
     def _arm(self, fault: Fault, point: str, action: str = "kill", *, skip: int = 0, times: int = 1) -> None:

@@ -140,12 +140,16 @@ class Installation:
 
     def disarm(self) -> list[str]:
         """Forget what is armed; returns the names that nobody came by."""
-        left = [
-            path.name for path in self.points.iterdir() if not path.name.startswith(".") and path.name != HITS
-        ]
+        left = self.armed()
         for name in left:
             (self.points / name).unlink(missing_ok=True)
         return left
+
+    def armed(self) -> list[str]:
+        """The points at which something waits for a process to come by."""
+        return [
+            path.name for path in self.points.iterdir() if not path.name.startswith(".") and path.name != HITS
+        ]
 
     def hits(self) -> list[dict[str, Any]]:
         try:

@@ -99,8 +99,8 @@ MUTANTS = (
         (
             (
                 "service/dispatch.py",
-                "    for job in database.retry(_reap):",
-                "    if settings:\n        return\n    for job in database.retry(_reap):",
+                "    given_back = database.retry(_reap)",
+                "    if settings:\n        return\n    given_back = database.retry(_reap)",
             ),
         ),
         ("kill worker", "flush redis"),
