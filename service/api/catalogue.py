@@ -4,7 +4,9 @@ The catalogue maps (kind, name) to a component with the JSON Schema (Draft 2020-
 it and deciding what an empty one means are `submission`'s.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -23,9 +25,32 @@ LOSS_BY_TASK = {"classification": "cross_entropy", "language": "cross_entropy", 
 
 _MOST_PROBLEMS = 20
 _MOST_VALIDATORS = 1000
+_MOST_PASSED = 100
+_LONGEST_PASSED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Checker:
+    """A schema, its validator, and parameters in which it found nothing, as JSON.
+
+    Most jobs name components with the parameters of jobs before them, and to check them takes far longer
+    than to spell them.
+    """
+
+    schema: dict[str, Any]
+    validator: Draft202012Validator
+    passed: set[str] = field(default_factory=set)
+
+    def remember(self, params: str) -> None:
+        if len(params) > _LONGEST_PASSED:
+            return
+        if len(self.passed) >= _MOST_PASSED:
+            self.passed.clear()
+        self.passed.add(params)
+
 
 # By the identity of a schema, which is kept beside its validator so that no other can take it over.
-_validators: dict[int, tuple[dict[str, Any], Draft202012Validator]] = {}
+_checkers: dict[int, _Checker] = {}
 _log = structlog.get_logger(__name__)
 
 
@@ -79,15 +104,21 @@ def _with_default_params(kind: str, reference: ComponentRef, component: Componen
         for name, schema in properties.items()
         if isinstance(schema, dict) and "default" in schema and name not in reference.params
     }
+    if not defaults:
+        return reference
     filled = reference.model_copy(update={"params": {**reference.params, **defaults}})
     # Defaults that exclude each other are the component's to choose from.
-    return filled if not defaults or not _check_params(kind, filled, component) else reference
+    return reference if _check_params(kind, filled, component) else filled
 
 
 def _check_params(kind: str, reference: ComponentRef, component: ComponentInfo) -> list[FieldProblem]:
     problems: list[FieldProblem] = []
     try:
-        for error in _validator(component.schema).iter_errors(reference.params):
+        checker = _checker(component.schema)
+        params = json.dumps(reference.params)
+        if params in checker.passed:
+            return []
+        for error in checker.validator.iter_errors(reference.params):
             problems += _param_problems((kind, "params"), error)
             if len(problems) >= _MOST_PROBLEMS:
                 break
@@ -95,19 +126,19 @@ def _check_params(kind: str, reference: ComponentRef, component: ComponentInfo) 
         # The worker checks the parameters again when it builds the component.
         _log.warning("component_schema_unusable", kind=kind, name=component.name, error=str(error))
         return []
+    if not problems:
+        checker.remember(params)
     return problems[:_MOST_PROBLEMS]
 
 
-def _validator(schema: dict[str, Any]) -> Draft202012Validator:
-    held = _validators.get(id(schema))
-    if held is not None:
-        return held[1]
-    # An empty registry: a published schema may refer to itself, never to the network.
-    validator = Draft202012Validator(schema, registry=Registry())
-    if len(_validators) >= _MOST_VALIDATORS:
-        _validators.clear()
-    _validators[id(schema)] = schema, validator
-    return validator
+def _checker(schema: dict[str, Any]) -> _Checker:
+    held = _checkers.get(id(schema))
+    if held is None:
+        if len(_checkers) >= _MOST_VALIDATORS:
+            _checkers.clear()
+        # An empty registry: a published schema may refer to itself, never to the network.
+        held = _checkers[id(schema)] = _Checker(schema, Draft202012Validator(schema, registry=Registry()))
+    return held
 
 
 def _param_problems(base: tuple[str, ...], error: ValidationError) -> list[FieldProblem]:

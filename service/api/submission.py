@@ -56,6 +56,14 @@ class Catalogues:
         return held[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device in the fleet; the speeds of each worker that has one and measured it."""
+
+    capability: Capability
+    speeds: tuple[Speeds, ...]
+
+
 class Fleet:
     """What workers offer, as one transaction sees it; each thing is asked for once, however many specs."""
 
@@ -65,6 +73,7 @@ class Fleet:
         self.live = workers.list_workers(session, live_seconds=settings.live_seconds)
         self.no_worker_seconds = settings.no_worker_seconds
         self._capable: dict[Requirements, int] = {}
+        self._devices: dict[str, list[Device]] = {}
 
     def capable(self, needs: Requirements) -> int:
         """How many live workers could run a job with these requirements."""
@@ -73,6 +82,18 @@ class Fleet:
                 self._session, needs, live_seconds=self._settings.live_seconds
             )
         return self._capable[needs]
+
+    def devices(self, wanted: str) -> list[Device]:
+        """The distinct devices of the live workers that a spec's `resources.device` admits."""
+        if wanted not in self._devices:
+            found: dict[Capability, list[Speeds]] = {}
+            for worker in self.live:
+                if wanted in {"auto", worker.capability.device_type}:
+                    speeds = found.setdefault(worker.capability, [])
+                    if worker.speed is not None:
+                        speeds.append({name: DtypeSpeed(**figures) for name, figures in worker.speed.items()})
+            self._devices[wanted] = [Device(able, tuple(speeds)) for able, speeds in found.items()]
+        return self._devices[wanted]
 
 
 def prepare(spec: JobSpec, fleet: Fleet) -> Submission:
@@ -83,7 +104,7 @@ def prepare(spec: JobSpec, fleet: Fleet) -> Submission:
     """
     catalogue = fleet.catalogue
     problems = check_components(spec, catalogue) if catalogue else []
-    fitting = _fitting_devices(spec, fleet)
+    fitting = fleet.devices(spec.resources.device)
     model = catalogue.get(("model", spec.model.name))
     convolutional = model is not None and bool(model.extra.get("convolutional"))
     precision_problems, warnings = _check_precision(spec, fitting, convolutional=convolutional)
@@ -101,28 +122,8 @@ def prepare(spec: JobSpec, fleet: Fleet) -> Submission:
     return Submission(with_defaults(spec, catalogue), tuple(warnings), capable)
 
 
-@dataclass(frozen=True, slots=True)
-class _Device:
-    """A kind of device in the fleet; the speeds of each worker that has one and measured it."""
-
-    capability: Capability
-    speeds: tuple[Speeds, ...]
-
-
-def _fitting_devices(spec: JobSpec, fleet: Fleet) -> list[_Device]:
-    """The distinct devices of the live workers that the spec's `resources.device` admits."""
-    wanted = spec.resources.device
-    found: dict[Capability, list[Speeds]] = {}
-    for worker in fleet.live:
-        if wanted in {"auto", worker.capability.device_type}:
-            speeds = found.setdefault(worker.capability, [])
-            if worker.speed is not None:
-                speeds.append({name: DtypeSpeed(**figures) for name, figures in worker.speed.items()})
-    return [_Device(capability, tuple(speeds)) for capability, speeds in found.items()]
-
-
 def _check_precision(
-    spec: JobSpec, devices: Sequence[_Device], *, convolutional: bool
+    spec: JobSpec, devices: Sequence[Device], *, convolutional: bool
 ) -> tuple[list[FieldProblem], list[str]]:
     """What the precision means on each device: problems where no device can, warnings otherwise."""
     problems: list[FieldProblem] = []

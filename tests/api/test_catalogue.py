@@ -23,6 +23,15 @@ def test_known_components_pass() -> None:
     assert problems(scheduler={"name": "step_lr", "params": {"step_size": 5}}) == []
 
 
+def test_what_passed_is_told_from_what_only_equals_it() -> None:
+    def of(hidden: list[object]) -> list[tuple[str, str]]:
+        return problems(model={"name": "mlp", "params": {"hidden": hidden}})
+
+    assert of([1]) == of([1]) == []
+    assert of([True]) != []
+    assert of([1]) == []
+
+
 @pytest.mark.parametrize(
     ("blocks", "place", "remedy"),
     [
