@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Table, insert, select
+from sqlalchemy import Table, select
 from sqlalchemy.orm import Session
 
 from service.contract.precision import PrecisionLevel
@@ -30,7 +30,7 @@ from service.store.tables import (
     job_transitions,
     jobs,
 )
-from service.store.upsert import insert_new, insert_new_rows
+from service.store.upsert import insert_families, insert_new
 from service.store.workers import Requirements
 
 _id_lock = threading.Lock()
@@ -156,37 +156,23 @@ def submit_all(s: Session, wanted: Sequence[NewJob]) -> list[tuple[Job, bool] | 
 def _insert(s: Session, wanted: Sequence[NewJob]) -> dict[str, Job]:
     """The jobs that were not there yet, by id."""
     now: float = s.execute(select(db_now())).scalar_one()
-    documents = {new.job_id: new.spec.model_dump(mode="json") for new in wanted}
-    rows = [_job_row(new, documents[new.job_id], now) for new in wanted]
-    ids = set(s.scalars(insert_new_rows(s, jobs).returning(jobs.c.id), rows))
-    new_ones = [new for new in wanted if new.job_id in ids]
-    created = {new.job_id: _job(new, documents[new.job_id], now) for new in new_ones}
-    if not created:
-        return created
-    tags = [
-        {"job_id": new.job_id, "key": key, "value": value}
-        for new in new_ones
-        for key, value in new.spec.tags.items()
-    ]
-    if tags:
-        _insert_rows(s, job_tags, tags)
-    _insert_rows(s, job_stats, [_stats_row(new, now) for new in new_ones])
-    _insert_rows(
-        s,
-        job_transitions,
-        [transition_row(new.job_id, 1, now, JobState.QUEUED, new.why) for new in new_ones],
-    )
-    events: list[dict[str, Any]] = []
-    for new in new_ones:
-        events.append(state_event_row(created[new.job_id], 1, now, JobState.QUEUED, new.why))
-        events += _warning_rows(new, now)
-    _insert_rows(s, job_events, events)
-    return created
-
-
-def _insert_rows(s: Session, table: Table, rows: Sequence[dict[str, Any]]) -> None:
-    # Many rows go into one statement only where it returns something; else each is a statement of its own.
-    s.execute(insert(table).returning(table.c.job_id), rows)
+    created: dict[str, Job] = {}
+    rows: dict[Table, list[dict[str, Any]]] = {
+        table: [] for table in (jobs, job_tags, job_stats, job_transitions, job_events)
+    }
+    for new in wanted:
+        document = new.spec.model_dump(mode="json")
+        job = created[new.job_id] = _job(new, document, now)
+        rows[jobs].append(_job_row(new, document, now))
+        rows[job_tags] += [
+            {"job_id": job.id, "key": key, "value": value} for key, value in new.spec.tags.items()
+        ]
+        rows[job_stats].append(_stats_row(new, now))
+        rows[job_transitions].append(transition_row(job.id, 1, now, JobState.QUEUED, new.why))
+        rows[job_events].append(state_event_row(job, 1, now, JobState.QUEUED, new.why))
+        rows[job_events] += _warning_rows(new, now)
+    ids = insert_families(s, jobs, rows.pop(jobs), rows, of="job_id")
+    return {job_id: job for job_id, job in created.items() if job_id in ids}
 
 
 def _job_row(new: NewJob, document: dict[str, Any], now: float) -> dict[str, Any]:

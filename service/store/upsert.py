@@ -1,11 +1,28 @@
 """INSERT … ON CONFLICT for both databases, whose dialects spell it alike but apart."""
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias
 
-from sqlalchemy import Insert, Table
+from sqlalchemy import (
+    ColumnElement,
+    Insert,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    column,
+    func,
+    insert,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
+
+NewRow: TypeAlias = Mapping[str, Any]
 
 
 def _insert(s: Session, table: Table) -> postgresql.Insert | sqlite.Insert:
@@ -29,6 +46,70 @@ def insert_new(s: Session, table: Table, **values: Any) -> Insert:
     return _insert(s, table).values(**values).on_conflict_do_nothing()
 
 
-def insert_new_rows(s: Session, table: Table) -> Insert:
-    """The same for many: executed with a list of rows, its RETURNING gives those that were inserted."""
-    return _insert(s, table).on_conflict_do_nothing()
+def insert_families(
+    s: Session, table: Table, rows: Sequence[NewRow], kin: Mapping[Table, Sequence[NewRow]], *, of: str
+) -> set[str]:
+    """Insert the rows whose key is not there yet, each with its kin: the rows whose `of` is that key.
+
+    The rows of one table have the same columns; their numbers are finite. Returns the keys inserted.
+    """
+    if s.get_bind().dialect.name == "postgresql":
+        return _insert_families_at_once(s, table, rows, kin, of)
+    [key] = table.primary_key
+    inserted = set(s.scalars(_insert(s, table).on_conflict_do_nothing().returning(key), rows))
+    for other, theirs in kin.items():
+        new = [row for row in theirs if row[of] in inserted]
+        if new:
+            # Many rows go into one statement only where it returns something.
+            s.execute(insert(other).returning(other.c[of]), new)
+    return inserted
+
+
+def _insert_families_at_once(
+    s: Session, table: Table, rows: Sequence[NewRow], kin: Mapping[Table, Sequence[NewRow]], of: str
+) -> set[str]:
+    # One document a table: the statement does not depend on the number of rows, so it is composed, sent and
+    # planned once for each connection. With a value list a table it costs several times as much.
+    given = {one: theirs for one, theirs in {table: rows, **kin}.items() if theirs}
+    statement = _families(tuple((one, tuple(theirs[0])) for one, theirs in given.items()), of)
+    documents = {one.name: _document(s, one, theirs) for one, theirs in given.items()}
+    return set(s.scalars(statement, documents))
+
+
+@cache
+def _families(columns: tuple[tuple[Table, tuple[str, ...]], ...], of: str) -> Select[str]:
+    (table, names), *kin = columns
+    [key] = table.primary_key
+    inserted = (
+        postgresql.insert(table)
+        .from_select(names, _rows_of(table, names))
+        .on_conflict_do_nothing()
+        .returning(key)
+        .cte("inserted")
+    )
+    keys = select(inserted.c[key.name])
+    inserts = [
+        insert(other).from_select(theirs, _rows_of(other, theirs).where(column(of).in_(keys)))
+        for other, theirs in kin
+    ]
+    return keys.add_cte(*(one.cte(f"of_{one.table.name}") for one in inserts))
+
+
+def _rows_of(table: Table, names: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    """The rows of the document that is bound under the table's name."""
+    shape: ColumnElement[Any] = literal_column(f"NULL::{table.name}")
+    document = cast(bindparam(table.name, type_=Text), postgresql.JSON)
+    columns: list[ColumnElement[Any]] = [column(name) for name in names]
+    return select(*columns).select_from(func.json_populate_recordset(shape, document))
+
+
+def _document(s: Session, table: Table, rows: Sequence[NewRow]) -> str:
+    dialect = s.get_bind().dialect
+    processors = {
+        name: process
+        for name in rows[0]
+        if (process := table.c[name].type.dialect_impl(dialect).bind_processor(dialect)) is not None
+    }
+    return json.dumps(
+        [{**row, **{name: process(row[name]) for name, process in processors.items()}} for row in rows]
+    )
