@@ -15,7 +15,7 @@ from service.api.body import JsonBody
 from service.api.submission import Catalogues, Fleet, Submission, prepare
 from service.api.together import Together
 from service.api.validation import read_spec
-from service.api.views import job_views
+from service.api.views import job_document, job_views
 from service.api.wakeup import wake_worker
 from service.api.wire import json_bytes
 from service.errors import StoreUnavailable
@@ -120,16 +120,22 @@ class Intake:
 
 def _stored(session: Session, wanted: Sequence[jobs.NewJob]) -> list[_Stored | Exception]:
     outcomes = jobs.submit_all(session, wanted)
-    found = [outcome[0] for outcome in outcomes if isinstance(outcome, tuple)]
-    views = {view["id"]: json_bytes(view) for view in job_views(session, found)}
+    earlier = [one.job for one in outcomes if isinstance(one, jobs.Submitted) and one.beginning is None]
+    views = {view["id"]: view for view in job_views(session, earlier)}
     answers: list[_Stored | Exception] = []
     for outcome in outcomes:
-        if not isinstance(outcome, tuple):
+        if not isinstance(outcome, jobs.Submitted):
             answers.append(outcome)
             continue
-        job, created = outcome
-        body = views.get(job.id)
-        answers.append(absent(job.id) if body is None else _Stored(job.id, body, created))
+        job, beginning = outcome.job, outcome.beginning
+        if beginning is not None:
+            view = job_document(job, beginning.transitions, beginning.stats)
+        elif job.id in views:
+            view = views[job.id]
+        else:
+            answers.append(absent(job.id))
+            continue
+        answers.append(_Stored(job.id, json_bytes(view), outcome.created))
         reach("submit.before_commit")
     return answers
 

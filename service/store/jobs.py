@@ -29,7 +29,7 @@ from service.store.records import (
     get,
     job_from,
 )
-from service.store.submissions import NewJob, new_job_id, requirements, submit, submit_all
+from service.store.submissions import NewJob, Submitted, new_job_id, requirements, submit, submit_all
 from service.store.tables import job_tags, job_transitions, jobs
 from service.store.upkeep import (
     fail_without_worker,
@@ -47,6 +47,7 @@ __all__ = [
     "Leftovers",
     "NewJob",
     "Requirements",
+    "Submitted",
     "Transition",
     "active_seconds",
     "any_waiting",

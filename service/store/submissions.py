@@ -11,9 +11,10 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Table, select
+from sqlalchemy import Table, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.contract.precision import PrecisionLevel
@@ -21,7 +22,16 @@ from service.contract.spec import JobSpec
 from service.contract.states import JobState
 from service.errors import InvalidRequest
 from service.store.clock import db_now
-from service.store.records import Job, get, known_shape, state_event_row, storable, transition_row
+from service.store.records import (
+    Job,
+    Transition,
+    get,
+    known_shape,
+    state_event_row,
+    storable,
+    transition_row,
+)
+from service.store.summary import Stats, stats_of
 from service.store.tables import (
     idempotency_keys,
     job_events,
@@ -30,7 +40,7 @@ from service.store.tables import (
     job_transitions,
     jobs,
 )
-from service.store.upsert import insert_families, insert_new
+from service.store.upsert import insert_families, insert_new_rows
 from service.store.workers import Requirements
 
 _id_lock = threading.Lock()
@@ -78,6 +88,29 @@ class NewJob:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What there is of a job that was inserted just now, besides itself."""
+
+    transitions: tuple[Transition, ...]
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is stored.
+
+    Attributes:
+        job: as it is now.
+        created: it was made for this submission; else it is the one that has its key.
+        beginning: None of a job that was there before.
+    """
+
+    job: Job
+    created: bool
+    beginning: Beginning | None
+
+
 def requirements(spec: JobSpec) -> Requirements:
     """What a worker must offer to run this spec."""
     precision = spec.precision
@@ -122,57 +155,107 @@ def submit(
     [found] = submit_all(s, [wanted])
     if isinstance(found, InvalidRequest):
         raise found
-    return found
+    return found.job, found.created
 
 
-def submit_all(s: Session, wanted: Sequence[NewJob]) -> list[tuple[Job, bool] | InvalidRequest]:
+def submit_all(s: Session, wanted: Sequence[NewJob]) -> list[Submitted | InvalidRequest]:
     """`submit` of each, in as many statements as of one; an error in the place of one refuses that one alone.
 
     Raises:
         NotFound: an id is none.
     """
-    taken: dict[str, str | InvalidRequest] = {}  # new job's id → the job that has its key already
-    # In one order everywhere, so that two processes that take the same keys at once do not deadlock.
-    for new in sorted(wanted, key=lambda new: (new.tenant, new.idempotency_key or "")):
-        if new.idempotency_key is not None:
-            held = _take_key(s, new)
-            if held is not None:
-                taken[new.job_id] = held
-    fresh = [new for new in wanted if new.job_id not in taken]
-    created = _insert(s, fresh) if fresh else {}
-    answers: list[tuple[Job, bool] | InvalidRequest] = []
+    now: float = s.execute(select(db_now())).scalar_one()
+    held = _take_keys(s, [new for new in wanted if new.idempotency_key is not None], now)
+    inserted = _insert(s, [new for new in wanted if new.job_id not in held], now)
+    answers: list[Submitted | InvalidRequest] = []
     for new in wanted:
-        held = taken.get(new.job_id)
-        if isinstance(held, InvalidRequest):
-            answers.append(held)
-        elif held is not None:
-            # Held for this very id: its commit took place, and the answer to it was lost.
-            answers.append((get(s, held, tenant=new.tenant), held == new.job_id))
-        else:
-            answers.append((created.get(new.job_id) or get(s, new.job_id, tenant=new.tenant), True))
+        holder = held.get(new.job_id, new.job_id)
+        if isinstance(holder, InvalidRequest):
+            answers.append(holder)
+            continue
+        job, beginning = inserted.get(holder) or (get(s, holder, tenant=new.tenant), None)
+        # Held for this very id: its commit took place, and the answer to it was lost.
+        answers.append(Submitted(job, holder == new.job_id, beginning))
     return answers
 
 
-def _insert(s: Session, wanted: Sequence[NewJob]) -> dict[str, Job]:
+def _take_keys(s: Session, wanted: Sequence[NewJob], now: float) -> dict[str, str | InvalidRequest]:
+    """Reserve the keys of new jobs; by the id of each that did not get its own, who has it or the refusal."""
+    firsts: dict[tuple[str, str], NewJob] = {}
+    for new in wanted:
+        firsts.setdefault(_key(new), new)
+    if not firsts:
+        return {}
+    rows = [
+        {
+            "tenant": tenant,
+            "key": key,
+            "body_hash": _body_hash(new),
+            "job_id": known_shape(new.job_id),
+            "created_at": now,
+        }
+        # In one order everywhere, so that two processes that take the same keys at once do not deadlock.
+        for (tenant, key), new in sorted(firsts.items(), key=itemgetter(0))
+    ]
+    taken = insert_new_rows(s, idempotency_keys, rows)
+    holders = {key: (firsts[key].job_id, _body_hash(firsts[key])) for key in taken}
+    if lost := firsts.keys() - taken:
+        of = idempotency_keys.c
+        query = select(of.tenant, of.key, of.job_id, of.body_hash)
+        for row in s.execute(query.where(tuple_(of.tenant, of.key).in_(list(lost)))):
+            holders[row.tenant, row.key] = row.job_id, row.body_hash
+    without: dict[str, str | InvalidRequest] = {}
+    for new in wanted:
+        key = _key(new)
+        if key in taken and new is firsts[key]:
+            continue
+        job_id, body_hash = holders[key]
+        without[new.job_id] = job_id if body_hash == _body_hash(new) else _other_body()
+    return without
+
+
+def _key(new: NewJob) -> tuple[str, str]:
+    return new.tenant, str(new.idempotency_key)
+
+
+def _body_hash(new: NewJob) -> str:
+    if new.body_hash is not None:
+        return new.body_hash
+    return hashlib.sha256(json.dumps(new.spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _other_body() -> InvalidRequest:
+    return InvalidRequest(
+        "this Idempotency-Key was used with another body; use a new key for a new job",
+        code="idempotency_key_reused",
+    )
+
+
+def _insert(s: Session, wanted: Sequence[NewJob], now: float) -> dict[str, tuple[Job, Beginning]]:
     """The jobs that were not there yet, by id."""
-    now: float = s.execute(select(db_now())).scalar_one()
-    created: dict[str, Job] = {}
+    if not wanted:
+        return {}
+    new_ones: dict[str, tuple[Job, Beginning]] = {}
     rows: dict[Table, list[dict[str, Any]]] = {
-        table: [] for table in (jobs, job_tags, job_stats, job_transitions, job_events)
+        table: [] for table in (job_tags, job_stats, job_transitions, job_events)
     }
+    job_rows = []
     for new in wanted:
         document = new.spec.model_dump(mode="json")
-        job = created[new.job_id] = _job(new, document, now)
-        rows[jobs].append(_job_row(new, document, now))
+        job, summary = _job(new, document, now), _stats_row(new, now)
+        job_rows.append(_job_row(new, document, now))
         rows[job_tags] += [
             {"job_id": job.id, "key": key, "value": value} for key, value in new.spec.tags.items()
         ]
-        rows[job_stats].append(_stats_row(new, now))
-        rows[job_transitions].append(transition_row(job.id, 1, now, JobState.QUEUED, new.why))
-        rows[job_events].append(state_event_row(job, 1, now, JobState.QUEUED, new.why))
+        rows[job_stats].append(summary)
+        entered = transition_row(job.id, 1, now, job.state, new.why)
+        rows[job_transitions].append(entered)
+        rows[job_events].append(state_event_row(job, 1, now, job.state, new.why))
         rows[job_events] += _warning_rows(new, now)
-    ids = insert_families(s, jobs, rows.pop(jobs), rows, of="job_id")
-    return {job_id: job for job_id, job in created.items() if job_id in ids}
+        transitions = (Transition(job.state, now, entered["reason"]),)
+        new_ones[job.id] = job, Beginning(transitions, stats_of(job, summary))
+    inserted = insert_families(s, jobs, job_rows, rows, of="job_id")
+    return {job_id: new_one for job_id, new_one in new_ones.items() if job_id in inserted}
 
 
 def _job_row(new: NewJob, document: dict[str, Any], now: float) -> dict[str, Any]:
@@ -259,33 +342,3 @@ def _warning_rows(new: NewJob, now: float) -> list[dict[str, Any]]:
         }
         for seq, warning in enumerate(new.warnings, start=2)
     ]
-
-
-def _take_key(s: Session, new: NewJob) -> str | InvalidRequest | None:
-    """Reserve the key for the new job; else the id of the job that has it, or the refusal of another body."""
-    document = new.spec.model_dump(mode="json")
-    body_hash = new.body_hash or hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-    taken = s.execute(
-        insert_new(
-            s,
-            idempotency_keys,
-            tenant=new.tenant,
-            key=new.idempotency_key,
-            body_hash=body_hash,
-            job_id=known_shape(new.job_id),
-            created_at=db_now(),
-        ).returning(idempotency_keys.c.job_id)
-    ).one_or_none()
-    if taken is not None:
-        return None
-    held = s.execute(
-        select(idempotency_keys.c.body_hash, idempotency_keys.c.job_id).where(
-            idempotency_keys.c.tenant == new.tenant, idempotency_keys.c.key == new.idempotency_key
-        )
-    ).one()
-    if held.body_hash != body_hash:
-        return InvalidRequest(
-            "this Idempotency-Key was used with another body; use a new key for a new job",
-            code="idempotency_key_reused",
-        )
-    return str(held.job_id)

@@ -1,14 +1,15 @@
 """How a job goes, from one row: stored totals and newest values, and what follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.contract.states import JobState
-from service.store.records import AnyRow, absent, known_shape
+from service.store.records import AnyRow, Job, absent, known_shape
 from service.store.tables import job_stats, jobs
 
 
@@ -88,7 +89,15 @@ def versions(s: Session, job_ids: Sequence[str]) -> dict[str, int]:
     return {row.job_id: row.version for row in found}
 
 
-def _stats(row: AnyRow) -> Stats:
+def stats_of(job: Job, values: Mapping[str, Any]) -> Stats:
+    """The summary of a job by the values that its row in job_stats is made of; the others are NULL."""
+    return _stats(SimpleNamespace(**{**_NULLS, **values}, state=job.state, attempt=job.attempt))
+
+
+_NULLS = dict.fromkeys(column.name for column in job_stats.columns)
+
+
+def _stats(row: AnyRow | SimpleNamespace) -> Stats:
     state = JobState(row.state)
     steps = row.current_step
     return Stats(
@@ -141,7 +150,7 @@ def _stats(row: AnyRow) -> Stats:
     )
 
 
-def _eta(row: AnyRow, state: JobState) -> float | None:
+def _eta(row: AnyRow | SimpleNamespace, state: JobState) -> float | None:
     """Seconds of training left at the present rate; None where it is not known or nothing trains."""
     if state is JobState.SUCCEEDED:
         return 0.0

@@ -46,17 +46,25 @@ def insert_new(s: Session, table: Table, **values: Any) -> Insert:
     return _insert(s, table).values(**values).on_conflict_do_nothing()
 
 
+def insert_new_rows(s: Session, table: Table, rows: Sequence[NewRow]) -> set[tuple[Any, ...]]:
+    """Insert the rows whose key is not there yet, in their order; returns the keys inserted.
+
+    The rows have the same columns; their numbers are finite.
+    """
+    if s.get_bind().dialect.name == "postgresql":
+        return _insert_documents(s, {table: rows}, of="")
+    statement = _insert(s, table).on_conflict_do_nothing().returning(*table.primary_key)
+    return {tuple(row) for row in s.execute(statement, rows)}
+
+
 def insert_families(
     s: Session, table: Table, rows: Sequence[NewRow], kin: Mapping[Table, Sequence[NewRow]], *, of: str
 ) -> set[str]:
-    """Insert the rows whose key is not there yet, each with its kin: the rows whose `of` is that key.
-
-    The rows of one table have the same columns; their numbers are finite. Returns the keys inserted.
-    """
+    """The same with each row's kin: the rows of other tables whose column `of` is the row's key."""
     if s.get_bind().dialect.name == "postgresql":
-        return _insert_families_at_once(s, table, rows, kin, of)
-    [key] = table.primary_key
-    inserted = set(s.scalars(_insert(s, table).on_conflict_do_nothing().returning(key), rows))
+        given = {other: theirs for other, theirs in kin.items() if theirs}
+        return {key for (key,) in _insert_documents(s, {table: rows, **given}, of=of)}
+    inserted = {key for (key,) in insert_new_rows(s, table, rows)}
     for other, theirs in kin.items():
         new = [row for row in theirs if row[of] in inserted]
         if new:
@@ -65,29 +73,25 @@ def insert_families(
     return inserted
 
 
-def _insert_families_at_once(
-    s: Session, table: Table, rows: Sequence[NewRow], kin: Mapping[Table, Sequence[NewRow]], of: str
-) -> set[str]:
+def _insert_documents(s: Session, rows: Mapping[Table, Sequence[NewRow]], *, of: str) -> set[tuple[Any, ...]]:
     # One document a table: the statement does not depend on the number of rows, so it is composed, sent and
     # planned once for each connection. With a value list a table it costs several times as much.
-    given = {one: theirs for one, theirs in {table: rows, **kin}.items() if theirs}
-    statement = _families(tuple((one, tuple(theirs[0])) for one, theirs in given.items()), of)
-    documents = {one.name: _document(s, one, theirs) for one, theirs in given.items()}
-    return set(s.scalars(statement, documents))
+    statement = _from_documents(tuple((table, tuple(theirs[0])) for table, theirs in rows.items()), of)
+    documents = {table.name: _document(s, table, theirs) for table, theirs in rows.items()}
+    return {tuple(row) for row in s.execute(statement, documents)}
 
 
 @cache
-def _families(columns: tuple[tuple[Table, tuple[str, ...]], ...], of: str) -> Select[str]:
+def _from_documents(columns: tuple[tuple[Table, tuple[str, ...]], ...], of: str) -> Select[*tuple[Any, ...]]:
     (table, names), *kin = columns
-    [key] = table.primary_key
     inserted = (
         postgresql.insert(table)
         .from_select(names, _rows_of(table, names))
         .on_conflict_do_nothing()
-        .returning(key)
+        .returning(*table.primary_key)
         .cte("inserted")
     )
-    keys = select(inserted.c[key.name])
+    keys = select(*inserted.c)
     inserts = [
         insert(other).from_select(theirs, _rows_of(other, theirs).where(column(of).in_(keys)))
         for other, theirs in kin

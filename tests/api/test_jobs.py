@@ -54,6 +54,23 @@ def test_a_submitted_job_is_stored_and_a_worker_is_woken(client: TestClient, sen
     assert client.get(answer.headers["location"]).json() == job
 
 
+@pytest.mark.parametrize("key", [None, "k"])
+def test_what_is_answered_is_what_is_read_afterwards(client: TestClient, key: str | None) -> None:
+    spec = {
+        **SPEC,
+        "name": "n\u00e9",
+        "tags": {"team": "vision", "a": "b"},
+        "precision": {"precision_level": "bf16", "initial_scale": 3.5},
+        "priority": -2,
+    }
+    headers = {} if key is None else {"idempotency-key": key}
+    answer = client.post("/jobs", json=spec, headers=headers)
+    assert answer.status_code == 202
+    assert client.get(answer.headers["location"]).content == answer.content
+    if key is not None:
+        assert client.post("/jobs", json=spec, headers=headers).content == answer.content
+
+
 def test_defaults_are_filled_into_what_is_stored(client: TestClient) -> None:
     spec = client.post("/jobs", json=SPEC).json()["spec"]
     assert spec["loss"] == {"name": "cross_entropy", "params": {}}

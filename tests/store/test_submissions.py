@@ -1,12 +1,16 @@
 """Jobs submitted together are each what they would have been alone."""
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from service.errors import InvalidRequest, NotFound
 from service.store import events, jobs, metrics
 from service.store.database import Database
-from service.store.jobs import NewJob
+from service.store.jobs import NewJob, Submitted
+from service.store.submissions import Beginning
 
 from .making import spec, submitted
 
@@ -18,6 +22,13 @@ def new(**changes: object) -> NewJob:
     return NewJob(**{"tenant": "acme", "spec": spec(**changes), **options})  # type: ignore[arg-type]
 
 
+def together(s: Session, *wanted: NewJob) -> list[Submitted]:
+    """What came of submissions of which none is refused."""
+    found = jobs.submit_all(s, wanted)
+    assert all(isinstance(one, Submitted) for one in found)
+    return [one for one in found if isinstance(one, Submitted)]
+
+
 def test_what_is_returned_is_what_is_stored(database: Database) -> None:
     wanted = [new(name=f"n{number}", tags={"n": str(number)}, priority=number) for number in range(3)]
     with database.begin() as s:
@@ -25,14 +36,17 @@ def test_what_is_returned_is_what_is_stored(database: Database) -> None:
     with database.read() as s:
         stored = [jobs.get(s, one.job_id, tenant="acme") for one in wanted]
         tagged = jobs.list_jobs(s, tenant="acme", tags=[("n", "1")], limit=9)
-    assert outcomes == [(job, True) for job in stored]
+        told = [Beginning(tuple(jobs.transitions(s, job.id)), metrics.summarise(s, job.id)) for job in stored]
+    assert outcomes == [
+        Submitted(job, created=True, beginning=one) for job, one in zip(stored, told, strict=True)
+    ]
     assert tagged == [stored[1]]
 
 
 def test_together_or_alone_is_the_same(database: Database) -> None:
     alone = submitted(database)
     with database.begin() as s:
-        [one, other] = [job for job, _ in jobs.submit_all(s, [new(), new()])]  # type: ignore[misc]
+        [one, other] = [found.job for found in together(s, new(), new())]
     rows = "SELECT * FROM {} WHERE {} = :id"
     own = {"id", "job_id", "created_at", "queued_at", "publish_due", "updated_at", "at"}
     with database.read() as s:
@@ -81,26 +95,50 @@ def test_a_key_used_with_another_body_refuses_that_one_alone(database: Database)
     with database.begin() as s:
         made, refused, same, theirs = jobs.submit_all(s, [first, other, again, elsewhere])
     assert isinstance(refused, InvalidRequest)
-    assert not isinstance(made, InvalidRequest)
-    assert same == (made[0], False)
-    assert not isinstance(theirs, InvalidRequest)
-    assert (theirs[0].id, theirs[1]) == (elsewhere.job_id, True)
+    assert isinstance(made, Submitted)
+    assert same == replace(made, created=False)
+    assert isinstance(theirs, Submitted)
+    assert (theirs.job.id, theirs.created) == (elsewhere.job_id, True)
     with database.read() as s:
-        assert jobs.list_jobs(s, tenant="acme", limit=9) == [made[0]]
+        assert jobs.list_jobs(s, tenant="acme", limit=9) == [made.job]
     with database.begin() as s:
         mine = new(idempotency_key="k")
         yours = new(idempotency_key="k", tenant="rival", name="theirs")
-        assert jobs.submit_all(s, [mine, yours]) == [(made[0], False), (theirs[0], False)]
+        assert jobs.submit_all(s, [mine, yours]) == [
+            Submitted(made.job, created=False, beginning=None),
+            Submitted(theirs.job, created=False, beginning=None),
+        ]
+
+
+def test_keys_that_are_there_and_keys_that_are_not_come_together(database: Database) -> None:
+    with database.begin() as s:
+        [held] = together(s, new(idempotency_key="m"))
+    wanted = [new(idempotency_key=key, name=name) for key, name in (("z", "z"), ("m", "other"), ("a", "a"))]
+    alike = [new(idempotency_key="m"), new(idempotency_key="a", name="a"), new()]
+    with database.begin() as s:
+        last, refused, first, same, again, without = jobs.submit_all(s, [*wanted, *alike])
+    assert isinstance(refused, InvalidRequest)
+    assert same == Submitted(held.job, created=False, beginning=None)
+    created = {held.job.id}
+    for found, asked in ((last, wanted[0]), (first, wanted[2]), (without, alike[2])):
+        assert isinstance(found, Submitted)
+        assert (found.job.id, found.created) == (asked.job_id, True)
+        created.add(found.job.id)
+    assert isinstance(first, Submitted)
+    assert again == replace(first, created=False)
+    with database.read() as s:
+        assert {job.id for job in jobs.list_jobs(s, tenant="acme", limit=9)} == created
 
 
 @pytest.mark.parametrize("key", [None, "k"])
 def test_a_repeat_creates_nothing(database: Database, key: str | None) -> None:
     wanted = [new(idempotency_key=key, tags={"a": "b"}, warnings=("Slow.",)), new()]
     with database.begin() as s:
-        first = jobs.submit_all(s, wanted[:1])
+        [first] = together(s, wanted[0])
     with database.begin() as s:
-        again = jobs.submit_all(s, wanted)
-    assert again[:1] == first
+        again, other = together(s, *wanted)
+    assert again == replace(first, beginning=None)
+    assert other.beginning is not None
     with database.read() as s:
         assert len(jobs.list_jobs(s, tenant="acme", limit=9)) == 2
         assert len(events.read(s, wanted[0].job_id)) == 2
