@@ -1,7 +1,9 @@
 """Sending a wake-up: half a second at most, whatever the broker does, and the job is none the worse."""
 
+import json
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import kombu
 import pytest
 import redis
 
-from service.queue import QUEUE, broker_reachable, enqueue, make_celery
+from service.queue import QUEUE, RUN_JOB, broker_reachable, enqueue, make_celery
 from service.settings import Settings
 from tests.e2e.conftest import redis_url  # noqa: F401 - a fixture
 
@@ -42,6 +44,30 @@ def test_a_message_carries_the_job_id_and_nothing_else(tmp_path: Path, redis_url
         client.close()
     assert b"halfstep.run_job" in message
     assert b"pickle" not in message
+
+
+@pytest.mark.redis
+def test_a_message_is_what_celery_itself_would_send(tmp_path: Path, redis_url: str) -> None:  # noqa: F811
+    assert enqueue(Settings(data_dir=tmp_path, broker_url=redis_url), "a", "b")
+    celery = make_celery(redis_url)
+    for job_id in ("a", "b"):
+        celery.send_task(RUN_JOB, args=[job_id], queue=QUEUE, retry=False, ignore_result=True)
+    client = redis.Redis.from_url(redis_url)
+    try:
+        *theirs, second, first = map(json.loads, client.lrange(QUEUE, 0, -1))
+    finally:
+        client.close()
+    ids = set()
+    for message in (first, second, *theirs):
+        task_id = message["headers"].pop("id")
+        assert (message["headers"].pop("root_id"), message["properties"].pop("correlation_id")) == (
+            task_id,
+        ) * 2
+        ids |= {task_id, message["properties"].pop("delivery_tag")}
+        # Of the Celery app in this thread, of which there are two here.
+        assert uuid.UUID(message["properties"].pop("reply_to"))
+    assert [second, first] == theirs
+    assert len(ids) == 8
 
 
 @pytest.mark.redis
