@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, ContextDep
 from service.api.door import Caller
@@ -43,8 +42,7 @@ async def identify(request: Request, context: ContextDep, credentials: Credentia
         if "authorization" in request.headers:
             raise _unauthorized("The authorization header is not of the form: Bearer tk_…")
         return await _without_key(request, context)
-    secret = credentials.credentials
-    caller = context.door.known(secret) or await run_in_threadpool(context.door.ask, secret)
+    caller = await context.door.caller(credentials.credentials)
     if caller is None:
         raise _unauthorized(
             "This key is unknown, expired or revoked; `halfstep keys list` shows the valid ones."
@@ -74,7 +72,7 @@ Submitter = Annotated[Caller, Depends(requires("submit"))]
 
 async def _without_key(request: Request, context: Context) -> Caller:
     # Also where every key is revoked or expired: losing the last one must not open the server.
-    if not (context.door.known_open() or await run_in_threadpool(context.door.ask_open)):
+    if not await context.door.is_open():
         raise _unauthorized("This server needs a key: send the header authorization: Bearer tk_…")
     # A page in a local browser can reach a loopback port under a name that its own DNS points here
     # (rebinding): such a request carries that name, and gets nothing.

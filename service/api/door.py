@@ -5,9 +5,12 @@ Only good news is remembered: a new key is good at once, and a guess costs its o
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sqlalchemy.orm import Session
+
+from service.api.together import Together
 from service.store import keys
 from service.store.database import Database
 
@@ -24,7 +27,7 @@ class Caller:
 
 
 class Door:
-    """The keys of one database; shared between threads.
+    """The keys of one database; lives on one event loop.
 
     Args:
         database: Where the keys are.
@@ -42,17 +45,44 @@ class Door:
         self._database, self._keep_seconds, self._clock = database, keep_seconds, clock
         self._known: dict[bytes, tuple[float, Caller]] = {}
         self._open_until = float("-inf")
+        # Requests under way together find together that what was known is too old: one query is for them all.
+        self._keys: Together[str, Caller | None] = Together(self._look_up)
+        self._openings: Together[None, bool] = Together(self._look_whether_open)
 
-    def known(self, secret: str) -> Caller | None:
-        """The caller with this secret, if that was looked up just now. Asks nobody."""
+    async def caller(self, secret: str) -> Caller | None:
+        """The caller with this secret; None for a key that is unknown, expired or revoked.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        return self._known_caller(secret) or await self._keys.ask(secret)
+
+    async def is_open(self) -> bool:
+        """Whether there is no key at all, not even a revoked one.
+
+        Raises:
+            StoreUnavailable: the database did not answer.
+        """
+        return self._known_open() or await self._openings.ask(None)
+
+    def _known_caller(self, secret: str) -> Caller | None:
         until, caller = self._known.get(_digest(secret), (float("-inf"), None))
         return caller if self._clock() < until else None
 
-    def ask(self, secret: str) -> Caller | None:
-        """The caller with this secret by the database; None for a key that is unknown, expired or revoked."""
-        asked = self._clock()
+    def _known_open(self) -> bool:
+        return self._clock() < self._open_until
+
+    def _look_up(self, secrets: Sequence[str]) -> list[Caller | None]:
         with self._database.read() as session:
-            key = keys.authenticate(session, secret)
+            callers = {
+                secret: self._known_caller(secret) or self._ask(session, secret)
+                for secret in dict.fromkeys(secrets)
+            }
+        return [callers[secret] for secret in secrets]
+
+    def _ask(self, session: Session, secret: str) -> Caller | None:
+        asked = self._clock()
+        key = keys.authenticate(session, secret)
         if key is None:
             return None
         caller = Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
@@ -61,17 +91,14 @@ class Door:
         self._known[_digest(secret)] = (asked + self._keep_seconds, caller)
         return caller
 
-    def known_open(self) -> bool:
-        """Whether there was no key at all just now. Asks nobody."""
-        return self._clock() < self._open_until
-
-    def ask_open(self) -> bool:
-        """Whether there is no key at all, not even a revoked one, by the database."""
-        asked = self._clock()
-        with self._database.read() as session:
-            is_open = not keys.list_keys(session)
-        self._open_until = asked + self._keep_seconds if is_open else float("-inf")
-        return is_open
+    def _look_whether_open(self, requests: Sequence[None]) -> list[bool]:
+        is_open = self._known_open()
+        if not is_open:
+            asked = self._clock()
+            with self._database.read() as session:
+                is_open = not keys.list_keys(session)
+            self._open_until = asked + self._keep_seconds if is_open else float("-inf")
+        return [is_open] * len(requests)
 
 
 def _digest(secret: str) -> bytes:

@@ -1,14 +1,16 @@
 """Keys, scopes, tenants, and a server without keys."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from service.api import create_app
 from service.api.__main__ import refuse_open_door
-from service.api.door import KEEP_SECONDS, Door
+from service.api.door import KEEP_SECONDS, Caller, Door
 from service.errors import ConfigurationError
 from service.settings import Settings
 from service.store import components, keys
@@ -176,6 +178,42 @@ def test_what_is_known_of_keys_holds_for_a_second_and_no_longer(
     later(1.01)
     assert client.get("/jobs", headers=guess).status_code == 401
     assert client.get("/jobs", headers=guess).status_code == 401
+
+
+def test_requests_that_come_together_ask_for_what_they_share_once(
+    database: Database, new_key: NewKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    authenticate, list_keys = keys.authenticate, keys.list_keys
+
+    def counted(session: Session, secret: str) -> keys.ApiKey | None:
+        asked.append(secret)
+        return authenticate(session, secret)
+
+    def counted_list(session: Session) -> list[keys.ApiKey]:
+        asked.append("any?")
+        return list_keys(session)
+
+    monkeypatch.setattr(keys, "authenticate", counted)
+    monkeypatch.setattr(keys, "list_keys", counted_list)
+
+    async def together(door: Door, *secrets: str | None) -> list[object]:
+        return await asyncio.gather(
+            *(door.is_open() if secret is None else door.caller(secret) for secret in secrets)
+        )
+
+    now = 0.0
+    door = Door(database, clock=lambda: now)
+    assert asyncio.run(together(door, None, None, None)) == [True] * 3
+    assert asked == ["any?"]
+    mine, theirs = (new_key(tenant)["authorization"].removeprefix("Bearer ") for tenant in ("a", "b"))
+    for _ in range(2):
+        asked.clear()
+        now += KEEP_SECONDS
+        found = asyncio.run(together(door, mine, theirs, "tk_none", mine, None, theirs, mine))
+        tenants = [one.tenant if isinstance(one, Caller) else one for one in found]
+        assert tenants == ["a", "b", None, "a", False, "b", "a"]
+        assert sorted(asked) == sorted([mine, theirs, "tk_none", "any?"])
 
 
 def test_scopes_limit_a_key(anywhere: TestClient, new_key: NewKey) -> None:
