@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from service.api.context import Context, ContextDep
+from service.api.context import Context, context_of
 from service.api.door import Caller
 from service.api.problems import ProblemError
 
@@ -32,12 +32,13 @@ _bearer = HTTPBearer(
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-async def identify(request: Request, context: ContextDep, credentials: Credentials) -> Caller:
+async def identify(request: Request, credentials: Credentials) -> Caller:
     """The caller behind `request`.
 
     Raises:
         ProblemError: 401 without a valid key where one is needed; 403 for strangers where none is.
     """
+    context = context_of(request)
     if credentials is None:
         if "authorization" in request.headers:
             raise _unauthorized("The authorization header is not of the form: Bearer tk_…")

@@ -80,21 +80,19 @@ def check_components(spec: JobSpec, catalogue: Catalogue) -> list[FieldProblem]:
 
 def with_defaults(spec: JobSpec, catalogue: Catalogue) -> JobSpec:
     """`spec` with what it leaves open filled in: the loss, the epochs, and the components' own defaults."""
-    blocks: dict[str, Any] = {}
+    blocks: dict[str, Any] = dict(components_of(spec))
     if spec.loss is None:
         dataset = catalogue.get(("dataset", spec.dataset.name))
         name = LOSS_BY_TASK.get(str(dataset.extra.get("task"))) if dataset is not None else None
         if name is not None and ("loss", name) in catalogue:
             blocks["loss"] = ComponentRef(name=name)
-    if spec.training.epochs != spec.epochs:
-        blocks["training"] = spec.training.model_copy(update={"epochs": spec.epochs})
-    filled = spec.model_copy(update=blocks)
-    references: dict[str, Any] = {}
-    for kind, reference in components_of(filled):
+    for kind, reference in blocks.items():
         component = catalogue.get((kind, reference.name))
         if component is not None:
-            references[kind] = _with_default_params(kind, reference, component)
-    return filled.model_copy(update=references)
+            blocks[kind] = _with_default_params(kind, reference, component)
+    if spec.training.epochs != spec.epochs:
+        blocks["training"] = spec.training.model_copy(update={"epochs": spec.epochs})
+    return spec.model_copy(update=blocks)
 
 
 def _with_default_params(kind: str, reference: ComponentRef, component: ComponentInfo) -> ComponentRef:

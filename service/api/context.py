@@ -27,9 +27,17 @@ class Context:
     intake: Intake
 
 
-async def of(request: Request) -> Context:
-    """The context of the application that serves `request`."""
+def context_of(request: Request) -> Context:
+    """The context of the application that serves `request`.
+
+    For dependencies of routes: FastAPI walks through a dependency's own again wherever it is named.
+    """
     return cast("Context", request.app.state.context)
+
+
+async def of(request: Request) -> Context:
+    """The same, for routes."""
+    return context_of(request)
 
 
 ContextDep = Annotated[Context, Depends(of)]

@@ -54,8 +54,11 @@ def list_components(s: Session, kind: str | None = None) -> list[ComponentInfo]:
 
 def edition(s: Session) -> tuple[Any, ...]:
     """What changes with every publication: far cheaper than the catalogue itself."""
-    at = components.c.published_at
-    return tuple(s.execute(select(func.count(), func.max(at), func.sum(at))).one())
+    return tuple(s.execute(_EDITION).one())
+
+
+_AT = components.c.published_at
+_EDITION = select(func.count(), func.max(_AT), func.sum(_AT))
 
 
 def catalogue(s: Session) -> dict[tuple[str, str], ComponentInfo]:

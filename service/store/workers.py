@@ -4,10 +4,23 @@ Which job a worker gets is decided in `leases`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, literal, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -116,7 +129,7 @@ def remove(s: Session, worker_id: str) -> None:
 
 def list_workers(s: Session, *, live_seconds: float) -> list[Worker]:
     """The workers seen within `live_seconds`, by name."""
-    rows = s.execute(select(workers).where(_live(live_seconds)).order_by(workers.c.name, workers.c.id))
+    rows = s.execute(_LIVE_WORKERS, {"live_seconds": live_seconds})
     return [
         Worker(
             id=row.id,
@@ -139,22 +152,7 @@ def list_workers(s: Session, *, live_seconds: float) -> list[Worker]:
 
 def count_capable(s: Session, requirements: Requirements, *, live_seconds: float) -> int:
     """How many live workers, draining ones aside, could run a job with these requirements."""
-    found = s.scalar(
-        select(func.count())
-        .select_from(workers)
-        .where(
-            _live(live_seconds),
-            workers.c.draining.is_(False),
-            can_run(
-                literal(requirements.device),
-                literal(requirements.needs_bf16),
-                literal(requirements.min_memory_bytes),
-                device_type=workers.c.device_type,
-                bf16=workers.c.bf16,
-                memory_bytes=workers.c.memory_bytes,
-            ),
-        )
-    )
+    found = s.scalar(_CAPABLE, {**asdict(requirements), "live_seconds": live_seconds})
     return int(found or 0)
 
 
@@ -175,5 +173,24 @@ def can_run(
     )
 
 
-def _live(seconds: float) -> ColumnElement[bool]:
-    return and_(workers.c.stopped_at.is_(None), workers.c.last_seen >= db_now() - seconds)
+# Composed once: with every visit of submissions that costs more than to run them.
+_LIVE = and_(
+    workers.c.stopped_at.is_(None), workers.c.last_seen >= db_now() - bindparam("live_seconds", type_=Double)
+)
+_LIVE_WORKERS = select(workers).where(_LIVE).order_by(workers.c.name, workers.c.id)
+_CAPABLE = (
+    select(func.count())
+    .select_from(workers)
+    .where(
+        _LIVE,
+        workers.c.draining.is_(False),
+        can_run(
+            bindparam("device", type_=Text),
+            bindparam("needs_bf16", type_=Boolean),
+            bindparam("min_memory_bytes", type_=BigInteger),
+            device_type=workers.c.device_type,
+            bf16=workers.c.bf16,
+            memory_bytes=workers.c.memory_bytes,
+        ),
+    )
+)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from service.api.access import Reader, Submitter
 from service.api.body import JsonBody, read_json_body
-from service.api.context import ContextDep
+from service.api.context import ContextDep, context_of
 from service.api.examples import SUBMISSIONS
 from service.api.intake import Order
 from service.api.openapi import declares, json_body
@@ -34,8 +34,8 @@ _Text = Annotated[str, Query(min_length=1, max_length=200, pattern=PRINTABLE)]
 _Tag = Annotated[str, Query(min_length=3, max_length=201, pattern=r"^[^\x00-\x1f\x7f:]+:[^\x00-\x1f\x7f]+$")]
 
 
-async def _body(request: Request, context: ContextDep, _caller: Submitter) -> JsonBody:
-    return await read_json_body(request, limit=context.settings.max_body_bytes)
+async def _body(request: Request) -> JsonBody:
+    return await read_json_body(request, limit=context_of(request).settings.max_body_bytes)
 
 
 @router.post(
@@ -57,7 +57,7 @@ async def _body(request: Request, context: ContextDep, _caller: Submitter) -> Js
 async def submit_job(
     context: ContextDep,
     caller: Submitter,
-    body: Annotated[JsonBody, Depends(_body)],
+    body: Annotated[JsonBody, Depends(_body)],  # after the caller: nobody else's is read
     dry_run: Annotated[bool, Query(description="Check everything, store nothing.")] = False,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:

@@ -83,7 +83,7 @@ async def stream_job(
 
     async def allowed() -> bool:
         try:
-            await identify(request, context, credentials)
+            await identify(request, credentials)
         except ProblemError:
             return False
         except StoreUnavailable:
