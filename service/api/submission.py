@@ -17,7 +17,7 @@ from service.contract.speed import DtypeSpeed, Speeds, slow_precision
 from service.errors import FieldProblem, InvalidRequest
 from service.settings import Settings
 from service.store import components, jobs, workers
-from service.store.workers import Capability, Requirements
+from service.store.workers import Capability
 
 NO_CATALOGUE = (
     "no worker has published its components yet: names and parameters are unchecked, and a wrong one fails "
@@ -68,20 +68,10 @@ class Fleet:
     """What workers offer, as one transaction sees it; each thing is asked for once, however many specs."""
 
     def __init__(self, session: Session, settings: Settings, catalogues: Catalogues) -> None:
-        self._session, self._settings = session, settings
         self.catalogue = catalogues.current(session)
         self.live = workers.list_workers(session, live_seconds=settings.live_seconds)
         self.no_worker_seconds = settings.no_worker_seconds
-        self._capable: dict[Requirements, int] = {}
         self._devices: dict[str, list[Device]] = {}
-
-    def capable(self, needs: Requirements) -> int:
-        """How many live workers could run a job with these requirements."""
-        if needs not in self._capable:
-            self._capable[needs] = workers.count_capable(
-                self._session, needs, live_seconds=self._settings.live_seconds
-            )
-        return self._capable[needs]
 
     def devices(self, wanted: str) -> list[Device]:
         """The distinct devices of the live workers that a spec's `resources.device` admits."""
@@ -113,7 +103,7 @@ def prepare(spec: JobSpec, fleet: Fleet) -> Submission:
         raise InvalidRequest("The job's specification is not valid.", problems)
     if not catalogue:
         warnings.append(NO_CATALOGUE)
-    capable = fleet.capable(jobs.requirements(spec))
+    capable = workers.count_capable(fleet.live, jobs.requirements(spec))
     if capable == 0:
         warnings.append(
             "no live worker can run this job now; it waits, and fails after "

@@ -3,24 +3,11 @@
 Which job a worker gets is decided in `leases`.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    ColumnElement,
-    Double,
-    Text,
-    and_,
-    bindparam,
-    delete,
-    func,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Double, and_, bindparam, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -150,10 +137,18 @@ def list_workers(s: Session, *, live_seconds: float) -> list[Worker]:
     ]
 
 
-def count_capable(s: Session, requirements: Requirements, *, live_seconds: float) -> int:
-    """How many live workers, draining ones aside, could run a job with these requirements."""
-    found = s.scalar(_CAPABLE, {**asdict(requirements), "live_seconds": live_seconds})
-    return int(found or 0)
+def count_capable(live: Iterable[Worker], needs: Requirements) -> int:
+    """How many of these workers, draining ones aside, could run a job with these requirements."""
+    return sum(not worker.draining and _can_run(needs, worker.capability) for worker in live)
+
+
+def _can_run(needs: Requirements, able: Capability) -> bool:
+    # As `can_run` below, of a worker that is at hand.
+    return (
+        needs.device in {"auto", able.device_type}
+        and (able.bf16 or not needs.needs_bf16)
+        and needs.min_memory_bytes <= able.memory_bytes
+    )
 
 
 def can_run(
@@ -173,24 +168,12 @@ def can_run(
     )
 
 
-# Composed once: with every visit of submissions that costs more than to run them.
-_LIVE = and_(
-    workers.c.stopped_at.is_(None), workers.c.last_seen >= db_now() - bindparam("live_seconds", type_=Double)
-)
-_LIVE_WORKERS = select(workers).where(_LIVE).order_by(workers.c.name, workers.c.id)
-_CAPABLE = (
-    select(func.count())
-    .select_from(workers)
+# Composed once: with every visit of submissions that costs more than to run it.
+_LIVE_WORKERS = (
+    select(workers)
     .where(
-        _LIVE,
-        workers.c.draining.is_(False),
-        can_run(
-            bindparam("device", type_=Text),
-            bindparam("needs_bf16", type_=Boolean),
-            bindparam("min_memory_bytes", type_=BigInteger),
-            device_type=workers.c.device_type,
-            bf16=workers.c.bf16,
-            memory_bytes=workers.c.memory_bytes,
-        ),
+        workers.c.stopped_at.is_(None),
+        workers.c.last_seen >= db_now() - bindparam("live_seconds", type_=Double),
     )
+    .order_by(workers.c.name, workers.c.id)
 )
