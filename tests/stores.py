@@ -18,6 +18,8 @@ Fault = Callable[[str], None]
 class FaultyFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no annotations
     """Local files under faulty://; class-wide, since fsspec makes and keeps the instances.
 
+    What it has listed once it lists again, as libraries do, until it is told that others may have been there.
+
     Attributes:
         faults: by operation and number of its call (None: every one), called with the path; it may raise,
             wait, or change what is there.
@@ -28,6 +30,7 @@ class FaultyFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no 
     faults: ClassVar[dict[tuple[str, int | None], Fault]] = {}
     calls: ClassVar[list[tuple[str, str]]] = []
     _count: ClassVar[Counter[str]] = Counter()
+    _listed: ClassVar[dict[tuple[str, bool], Any]] = {}
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -54,11 +57,24 @@ class FaultyFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no 
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         self.meet("open", path)
-        return super()._open(path, mode, **options)
+        opened = super()._open(path, mode, **options)
+        read = opened.read
+
+        def met(*length: int) -> Any:
+            self.meet("read", path)
+            return read(*length)
+
+        opened.read = met
+        return opened
 
     def ls(self, path: str, detail: bool = False, **options: Any) -> Any:
         self.meet("ls", path)
-        return super().ls(path, detail=detail, **options)
+        if (path, detail) not in self._listed:
+            self._listed[path, detail] = super().ls(path, detail=detail, **options)
+        return self._listed[path, detail]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self._listed.clear()
 
     def rm_file(self, path: str) -> None:
         self.meet("rm_file", path)
@@ -113,6 +129,7 @@ def store_in(directory: Path) -> Iterator[Store]:
     FaultyFileSystem.faults.clear()
     FaultyFileSystem.calls.clear()
     FaultyFileSystem._count.clear()
+    FaultyFileSystem._listed.clear()
     try:
         yield made
     finally:

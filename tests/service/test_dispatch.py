@@ -8,12 +8,14 @@ from sqlalchemy import update
 
 from service import dispatch, storage
 from service.contract.spec import JobSpec
+from service.contract.states import JobState
 from service.errors import StaleFence
 from service.settings import Settings
-from service.store import jobs
+from service.store import jobs, metrics, retries
 from service.store.database import Database
 from service.store.tables import jobs as job_rows
 from service.store.workers import Capability
+from tests.store.making import LIVE, running, steps
 from tests.stores import Store, store_in
 
 CPU = Capability(
@@ -156,3 +158,45 @@ def test_a_deleted_jobs_checkpoints_go_once_their_store_answers(
     dispatch.one_round(settings, database)
     assert waiting() == []
     assert [path.name for path in (store.directory / "jobs").iterdir()] == [other]
+
+
+def test_a_store_that_is_away_holds_up_no_disk(
+    tmp_path: Path, database: Database, sent: list[str], store: Store
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", checkpoint_url=store.url)
+    deleted = [submit(database) for _ in range(3)]
+    for job_id in deleted:
+        (store.directory / "jobs" / job_id).mkdir(parents=True)
+        (settings.data_dir / "jobs" / job_id).mkdir(parents=True)
+        database.retry(lambda s, job_id=job_id: jobs.request_cancel(s, job_id, tenant=None))
+        database.retry(lambda s, job_id=job_id: jobs.delete(s, job_id, tenant=None))
+    store.fails("rm", None, ConnectionError("refused"))
+    dispatch.one_round(settings, database)
+    assert not (settings.data_dir / "jobs").exists()
+    assert sorted(path.name for path in (store.directory / "jobs").iterdir()) == sorted(deleted)
+
+
+def test_checkpoints_that_another_job_refers_to_stay_wherever_they_are(
+    tmp_path: Path, database: Database, sent: list[str], store: Store
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", checkpoint_url=store.url)
+    job = running(database)
+    with database.begin() as s:
+        metrics.append(s, job.id, job.fence, steps(1, 20), LIVE)
+        for number in (10, 20):
+            path = f"jobs/{job.id}/checkpoints/{number}"
+            jobs.record_checkpoint(
+                s, job.id, job.fence, step=number, path=path, bytes=0, sha256="ab" * 32, metrics=None
+            )
+            for place in (store.directory, settings.data_dir):
+                (place / path).mkdir(parents=True)
+                (place / path / "model.safetensors").touch()
+        jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
+        retries.retry(s, job.id, tenant=None, new_id=jobs.new_job_id(), from_checkpoint=10)
+        jobs.delete(s, job.id, tenant=None)
+    dispatch.one_round(settings, database)
+    for place in (store.directory, settings.data_dir):
+        assert [path.name for path in (place / "jobs" / job.id / "checkpoints").iterdir()] == ["10"]
+        assert (place / "jobs" / job.id / "checkpoints" / "10" / "model.safetensors").exists()
+    with database.read() as s:
+        assert jobs.unswept(s, limit=10) == []

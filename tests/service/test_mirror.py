@@ -1,10 +1,13 @@
 """The door to a remote store: what it promises of bytes, of time and of silence about credentials."""
 
+import errno
 import hashlib
+import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +88,12 @@ def test_no_more_calls_are_begun_than_may_hang(tmp_path: Path, store: Store, loc
             mirror.put(local, described(local))
     with pytest.raises(MirrorFailed, match="earlier calls have not come back"):
         mirror.put(local, described(local))
-    assert len(mirror._hanging) == MOST_HANGING
+    hanging = list(mirror._hanging)
+    assert len(hanging) == MOST_HANGING
+    store.released.set()
+    for thread in hanging:
+        thread.join(20)
+    assert mirror.names(local) == [], "asked again once they have come back"
 
 
 def test_what_is_fetched_is_what_is_there_up_to_a_limit(tmp_path: Path, store: Store, local: Path) -> None:
@@ -97,6 +105,28 @@ def test_what_is_fetched_is_what_is_there_up_to_a_limit(tmp_path: Path, store: S
     assert mirror.fetch(local, "state", target, limit=10, deadline=later)
     assert 10 < target.stat().st_size < 3_000_000
     assert not mirror.fetch(local, "nothing", target, limit=10, deadline=later)
+
+
+def test_a_fetch_is_given_up_in_time_and_writes_nothing_more(
+    tmp_path: Path, store: Store, local: Path
+) -> None:
+    mirror = store.mirror(tmp_path / "data")
+    mirror.put(local, described(local))
+    target = tmp_path / "target"
+    store.fails("read", 1, store.hang)
+    with pytest.raises(MirrorFailed, match=r"reading .* no end within"):
+        mirror.fetch(local, "state", target, limit=3_000_000, deadline=time.monotonic() + 0.5)
+    [thread] = mirror._hanging
+    store.released.set()
+    thread.join(20)
+    assert target.stat().st_size < 3_000_000
+
+
+def test_a_removal_that_fails_as_well_hides_no_failure(tmp_path: Path, store: Store, local: Path) -> None:
+    store.fails("put", 1, OSError(errno.ENOSPC, "quota exceeded"))
+    store.fails("rm", None, ConnectionError("refused"))
+    with pytest.raises(MirrorFailed, match=r"storing .* quota exceeded"):
+        store.mirror(tmp_path / "data").put(local, described(local))
 
 
 def test_a_file_is_read_from_any_place(tmp_path: Path, store: Store, local: Path) -> None:
@@ -120,6 +150,24 @@ def test_what_a_reader_meets_is_told_like_the_rest(tmp_path: Path, store: Store,
         mirror.open("jobs/j/one", "model")
 
 
+def test_a_reader_waits_for_no_call_longer_than_it_may(
+    tmp_path: Path, store: Store, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.mirror.READ_SECONDS", 0.2)
+    mirror = store.mirror(tmp_path / "data")
+    mirror.put(local, described(local))
+    found = mirror.open("jobs/j/one", "model")
+    assert found is not None
+    file, _ = found
+    with file:
+        store.fails("read", 0, store.hang)
+        with pytest.raises(MirrorFailed, match=r"reading .* no end within 0\.2 s"):
+            file.read(10)
+    store.fails("open", None, store.hang)
+    with pytest.raises(MirrorFailed, match=r"reading .* no end within 0\.2 s"):
+        mirror.open("jobs/j/one", "model")
+
+
 def test_removal_begins_with_the_manifest_and_repeats(tmp_path: Path, store: Store, local: Path) -> None:
     mirror = store.mirror(tmp_path / "data")
     mirror.put(local, described(local))
@@ -135,6 +183,7 @@ def test_removal_begins_with_the_manifest_and_repeats(tmp_path: Path, store: Sto
 def test_a_job_goes_but_for_what_others_refer_to(tmp_path: Path, store: Store, local: Path) -> None:
     mirror = store.mirror(tmp_path / "data")
     for name in ("one", "two", "three"):
+        mirror.names(local.parent)  # what was there then is no answer to what is there now
         directory = local.parent / name
         directory.mkdir(exist_ok=True)
         for file in NAMES:
@@ -159,9 +208,14 @@ def test_nothing_outside_is_touched(tmp_path: Path, store: Store, path: str) -> 
 
 def test_an_empty_store_is_not_there(tmp_path: Path, store: Store, local: Path) -> None:
     mirror = store.mirror(tmp_path / "data")
+    store.directory.joinpath("jobs", "j").mkdir(parents=True)
+    assert mirror.names(local.parent) == []
+    store.directory.joinpath("jobs", "j").rmdir()
+    store.directory.joinpath("jobs").rmdir()
     assert not mirror.is_there()
     mirror.put(local, described(local))
     assert mirror.is_there()
+    assert mirror.names(local.parent) == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +263,23 @@ def test_a_url_that_nothing_serves_names_setting_and_remedy(url: str, words: str
         Mirror(url, Path("/data"), seconds=1)
     assert "HALFSTEP_CHECKPOINT_URL" in str(refused.value)
     assert "word" not in str(refused.value)
+
+
+def test_what_a_library_says_of_a_url_it_refuses_has_no_credential_in_it() -> None:
+    import fsspec
+
+    class Refusing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no annotations
+        protocol = "refusing"
+
+        def __init__(self, **_: Any) -> None:
+            raise ValueError("no host in refusing://me:pa%20ss@place, 'pa ss' is no password")
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    with pytest.raises(
+        ConfigurationError, match=r"refusing://\*\*\*@place cannot be used: no host"
+    ) as refused:
+        Mirror("refusing://me:pa%20ss@place", Path("/data"), seconds=1)
+    assert not re.search(r"pa(%20| )ss", str(refused.value))
 
 
 def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,9 +183,11 @@ def test_a_store_that_hangs_costs_a_bounded_wait_and_its_late_answer_nothing(
 def test_leftovers_of_older_attempts_are_removed_and_nothing_else(place: Place) -> None:
     kept, left, present = place.saved(fence=1), place.saved(step=8, fence=1), place.saved(fence=2)
     (place.kept(kept).path.parent / "other").mkdir()
+    (place.directory / f"{checkpoint.FETCHED}left").mkdir()
     checkpoint.remove_unreferenced(place.directory, [kept], below_fence=2, mirror=place.mirror)
     assert not place.kept(left).path.exists()
     assert names_at(place.kept(kept).path.parent) == [kept.path.name, present.path.name, "other"]
+    assert place.mirror is None or names_at(place.directory) == []
 
 
 @pytest.mark.parametrize("operation", ["rm", "rm_file", "ls"])
@@ -271,12 +273,20 @@ def test_a_checkpoint_from_before_there_was_a_store_is_gone_on_from(tmp_path: Pa
     load(ref, store.mirror(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (WEIGHTS_FILE, r"bytes in model\.safetensors"),
+        (STATE_FILE, r"bytes in state\.pt"),
+        (MANIFEST_FILE, "a manifest that is far too long"),
+    ],
+)
 def test_a_file_that_is_far_too_long_is_not_fetched_whole(
-    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
     mirror = store.mirror(tmp_path)
     ref = checkpoint.save(tmp_path / "j", 3, 7, payload(), mirror=mirror).ref
-    with (store.directory / "j" / ref.path.name / STATE_FILE).open("r+b") as file:
+    with (store.directory / "j" / ref.path.name / name).open("r+b") as file:
         file.truncate(2**26)
     fetched: list[int] = []
     real = Mirror.fetch
@@ -287,6 +297,6 @@ def test_a_file_that_is_far_too_long_is_not_fetched_whole(
         return found
 
     monkeypatch.setattr(Mirror, "fetch", fetch)
-    with pytest.raises(CheckpointDamaged, match=r"bytes in state\.pt"):
+    with pytest.raises(CheckpointDamaged, match=words):
         load(ref, mirror)
     assert max(fetched) < 2**22

@@ -20,7 +20,7 @@ import torch
 from tests.training.conftest import Place
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 from tests.training.test_checkpoint import saved
-from worker.training import restoring
+from worker.training import checkpoint, restoring
 from worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
 from worker.training.errors import CheckpointDamaged, StorageFailed
 from worker.training.restoring import load, load_newest
@@ -152,6 +152,31 @@ def test_another_step_with_the_same_weights_is_found(place: Place, recorded: boo
     shutil.copytree(place.kept(other).path, place.kept(ref).path)
     with pytest.raises(CheckpointDamaged, match="another manifest" if recorded else "manifest of step 8"):
         place.load(ref if recorded else dataclasses.replace(ref, manifest_sha256=None))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_other_weights_of_the_same_step_are_found(place: Place, recorded: bool) -> None:
+    ref = place.saved()
+    assert place.saved(value=2.0).path == ref.path
+    with pytest.raises(
+        CheckpointDamaged, match="another manifest" if recorded else "weights that were recorded"
+    ):
+        place.load(ref if recorded else dataclasses.replace(ref, manifest_sha256=None))
+
+
+def test_what_is_far_too_long_is_not_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = place.saved()
+    os.truncate(place.kept(ref).path / STATE_FILE, 2**26)
+    hashed: list[int] = []
+
+    def sha256_of(file: io.BufferedReader) -> str:
+        hashed.append(os.fstat(file.fileno()).st_size)
+        return checkpoint.sha256_of(file)
+
+    monkeypatch.setattr(restoring, "sha256_of", sha256_of)
+    with pytest.raises(CheckpointDamaged, match=r"bytes in state\.pt instead of"):
+        place.load(ref)
+    assert max(hashed, default=0) < 2**22
 
 
 def test_a_link_in_the_place_of_the_directory_is_found(tmp_path: Path) -> None:
