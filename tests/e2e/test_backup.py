@@ -42,7 +42,7 @@ def documented(heading: str) -> str:
 class Place:
     """An installation's database and data directory, and its processes."""
 
-    def __init__(self, folder: Path, kind: str, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, kind: str, stack: ExitStack, **settings: str) -> None:
         folder.mkdir()
         self.data = folder / "data"
         self.url = ""
@@ -58,6 +58,7 @@ class Place:
             worker_slots=2,
             # A slow machine must not look like a dead worker.
             lease_seconds=10.0,
+            **settings,
         )
         stack.callback(self.stop)
 
@@ -102,16 +103,19 @@ class Place:
         return {name: columns[name] for name in ("step", *EXACT)} | {"weights": newest["sha256"]}
 
 
-@pytest.fixture(params=KINDS)
-def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, Place]]:
-    """Where the product ran, and where its copy is brought back: another directory, broker and database."""
-    needed = ["rsync", *(["pg_dump", "pg_restore"] if request.param == "postgresql" else ["sqlite3"])]
-    missing = [name for name in needed if shutil.which(name) is None]
+def need(*programs: str) -> None:
+    missing = [name for name in programs if shutil.which(name) is None]
     if missing:
         reason = f"the guide's commands need {', '.join(missing)}; install them"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(params=KINDS)
+def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, Place]]:
+    """Where the product ran, and where its copy is brought back: another directory, broker and database."""
+    need("rsync", *(["pg_dump", "pg_restore"] if request.param == "postgresql" else ["sqlite3"]))
     with ExitStack() as stack:
         yield (
             Place(tmp_path / "old", request.param, stack),
@@ -222,3 +226,60 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
         assert [(each["step"], each["resumed_from"]) for each in told if "code" in each] == [
             (step, fallback) for step in passed_over
         ]
+
+
+def test_checkpoints_at_a_url_are_copied_in_the_same_two_passes(tmp_path: Path) -> None:
+    """What copies a store is its own means; of a directory that is served as one, rsync."""
+    need("rsync", "sqlite3")
+    stores = {name: tmp_path / f"store of {name}" for name in ("old", "new")}
+    copy, copied_store = tmp_path / "copy", tmp_path / "copied store"
+    for directory in (copy, copied_store, stores["new"]):
+        directory.mkdir()
+    with ExitStack() as stack:
+        old, new = (
+            Place(tmp_path / name, "sqlite", stack, checkpoint_url=f"file://{directory}")
+            for name, directory in stores.items()
+        )
+        migrate(old.sql_url)
+        old.start()
+        gate = tmp_path / "gate"
+        job_id = old.cluster.submit(
+            paced_job(
+                "kept",
+                max_steps=600,
+                checkpoint_every_steps=100,
+                keep_checkpoints=2,
+                keep_best_checkpoint=False,
+            )
+            | {"model": {"name": "paced", "params": {"gate": str(gate), "gate_at": 300}}, "max_attempts": 1}
+        )
+        wait_for("it has two checkpoints", lambda: len(old.checkpoints(job_id)) >= 2, 90)
+        define, _, rest = documented("Backup").partition("\ncopy_files\n")
+        copy_database, _, _ = rest.partition("copy_files\n")
+        # A file may go away meanwhile, as under the data directory.
+        copy_store = f"rsync -a '{stores['old']}/' '{copied_store}/' || [ $? -eq 24 ]\n"
+        one_pass = f"{define}\ncopy_files\n{copy_store}"
+        old.shell(one_pass + copy_database, copy)
+        gate.touch()
+        named = {each["step"] for each in old.checkpoints(job_id)}
+        assert old.cluster.wait(job_id)["state"] == "succeeded"
+        assert named.isdisjoint(each["step"] for each in old.checkpoints(job_id))
+        old.shell(one_pass, copy)
+        undisturbed = old.outcome(job_id)
+        old.stop()
+        shutil.rmtree(old.data)
+        shutil.rmtree(stores["old"])
+
+        assert not list(copy.rglob("model.safetensors"))
+        new.shell(f"rsync -a '{copied_store}/' '{stores['new']}/'\n{documented('Restore')}", copy)
+        database = Database(new.sql_url)
+        with database.read() as s:
+            newest, *_ = jobs.checkpoints(s, job_id)
+            assert str(jobs.get(s, job_id, tenant=None).state) == "queued"
+        database.dispose()
+        new.start()
+        over = new.cluster.wait(job_id)
+        assert (over["state"], over["attempt"]) == ("succeeded", 1), over
+        assert new.outcome(job_id) == undisturbed
+        assert [each["step"] for each in resumed_with(new, job_id)] == [newest.step]
+        assert not list(new.data.rglob("model.safetensors"))
