@@ -4,8 +4,9 @@ Every statement is compare-and-set, so several dispatchers may run at once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import case, select, update
+from sqlalchemy import Select, case, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.states import JobState, ReasonCode
@@ -26,23 +27,12 @@ def reap(s: Session) -> list[Job]:
 
     At most 100 at a time: a full list says that there may be more.
     """
-    expired = s.execute(
-        select(*JOB_COLUMNS)
-        .where(jobs.c.lease_until.is_not(None), jobs.c.lease_until < db_now())
-        .order_by(jobs.c.lease_until)
-        .limit(_BATCH)
-        .with_for_update(skip_locked=True, key_share=True)
-    ).all()
-    return [
-        give_back(
-            s,
-            job,
-            charge_attempt=True,
-            why=f"the lease of {job.worker} ran out in attempt {job.attempt}",
-            exhausted=ReasonCode.WORKER_LOST,
-        )
-        for job in map(job_from, expired)
-    ]
+    return _give_back(
+        s,
+        _held().where(jobs.c.lease_until < db_now()).with_for_update(skip_locked=True, key_share=True),
+        charge_attempt=True,
+        why="the lease of {0.worker} ran out in attempt {0.attempt}",
+    )
 
 
 def give_back_held(s: Session) -> list[Job]:
@@ -51,22 +41,25 @@ def give_back_held(s: Session) -> list[Job]:
     For a restored copy, whose holders are gone and did nothing wrong. One that lives after all stops at its
     next write.
     """
-    held = s.execute(
-        select(*JOB_COLUMNS)
-        .where(jobs.c.lease_until.is_not(None))
-        .order_by(jobs.c.id)
-        .limit(_BATCH)
-        .with_for_update(key_share=True)
-    ).all()
+    return _give_back(
+        s,
+        _held().with_for_update(key_share=True),
+        charge_attempt=False,
+        why="restored from a copy, in which {0.worker} held it",
+    )
+
+
+def _held() -> Select[Any]:
+    held = select(*JOB_COLUMNS).where(jobs.c.lease_until.is_not(None))
+    return held.order_by(jobs.c.lease_until, jobs.c.id).limit(_BATCH)
+
+
+def _give_back(s: Session, held: Select[Any], *, charge_attempt: bool, why: str) -> list[Job]:
     return [
         give_back(
-            s,
-            job,
-            charge_attempt=False,
-            why=f"restored from a copy, in which {job.worker} held it",
-            exhausted=ReasonCode.WORKER_LOST,
+            s, job, charge_attempt=charge_attempt, why=why.format(job), exhausted=ReasonCode.WORKER_LOST
         )
-        for job in map(job_from, held)
+        for job in map(job_from, s.execute(held).all())
     ]
 
 

@@ -1,6 +1,7 @@
 """The engine on a CUDA device: types, scale, parity, no host sync, memory."""
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,6 +182,45 @@ def test_a_hundred_steady_steps_wait_for_nothing(
     rows = run.run([])
     assert [row.step for row in rows] == list(range(1, 141))
     assert not any(row.skipped for row in rows)
+
+
+class Sleepy(nn.Module):
+    """Lets the GPU, not the host, take its time in the steps that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.cycles = make_norm_net(), 0
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        if self.cycles:
+            torch.cuda._sleep(self.cycles)
+        return self.net(data)
+
+
+def test_step_times_are_the_gpus_own_and_nobody_waits_for_them() -> None:
+    cycles = 200_000_000  # about a tenth of a second; measured below
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    slept_ms = begin.elapsed_time(end)
+
+    model = Sleepy().cuda()
+    run = Recorded(MixedPrecisionConfig(), model, OPTIMIZERS["adamw-fused"](model.parameters()))
+    batches = on_gpu(make_batches(8))
+    run.run(batches * 5)
+    host_ms = []
+    for number, batch in enumerate(batches, start=1):
+        model.cycles = cycles if number == 4 else 0
+        began = time.perf_counter()
+        run.trainer.train_step(*batch)
+        host_ms.append((time.perf_counter() - began) * 1e3)
+    times = [row.step_time_ms for row in run.run([])[-8:]]
+    assert slept_ms < times[3] < slept_ms * 1.5
+    assert sum(times) - times[3] < slept_ms / 2
+    assert sum(host_ms) < slept_ms / 2, "the host ran ahead"
 
 
 def test_resume_is_bit_exact() -> None:
