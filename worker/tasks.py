@@ -4,7 +4,6 @@ The composition root of the worker: what this file builds, the rooms below only 
 job, but the claim decides: highest priority, then oldest, of what this worker can run.
 """
 
-import queue
 import signal
 import threading
 import time
@@ -53,12 +52,11 @@ class Runner:
         self._settings, self._database = settings, database
         self._worker_id, self._capability = worker_id, capability
         self._speeds = {dtype: dict(speed) for dtype, speed in speeds.items()}
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for slot in slots:
-            self._free.put(slot)
         self._slots = slots
-        self._running: dict[str, ChildProcess] = {}
         self._lock = threading.Lock()
+        self._free = list(slots)
+        self._wake_ups = 0  # those that found no free slot are not lost: whoever has one looks again
+        self._running: dict[str, ChildProcess] = {}
         self._draining = threading.Event()
 
     @property
@@ -94,7 +92,7 @@ class Runner:
         Raises:
             StoreUnavailable: the database did not answer.
         """
-        if self._draining.is_set() or not (free := self._free.qsize()):
+        if self._draining.is_set() or not (free := len(self._free)):
             return
         with self._database.read() as session:
             if not jobs.any_waiting(session, capability=self._capability):
@@ -111,20 +109,34 @@ class Runner:
         Args:
             hint: The id in the message; claimed first only if nothing more urgent waits.
         """
+        with self._lock:
+            self._wake_ups += 1
+            if not self._free:
+                return
+            slot = self._free.pop(0)
         try:
-            slot = self._free.get_nowait()
-        except queue.Empty:
-            return  # each slot asks for more when its job ends
-        try:
-            while self._may_claim(slot):
-                job = self._claim(hint)
-                if job is None:
-                    return
+            while True:
+                seen = self._wake_ups
+                self._run_what_waits(slot, hint)
                 hint = None
-                with structlog.contextvars.bound_contextvars(job_id=job.id, attempt=job.attempt):
-                    self._run(slot, job)
-        finally:
-            self._free.put(slot)
+                with self._lock:
+                    # One that came while this slot was looking may be for a job that its look did not see.
+                    if self._wake_ups == seen or self._draining.is_set():
+                        self._free.append(slot)
+                        return
+        except BaseException:
+            with self._lock:
+                self._free.append(slot)
+            raise
+
+    def _run_what_waits(self, slot: Slot, hint: str | None) -> None:
+        while self._may_claim(slot):
+            job = self._claim(hint)
+            if job is None:
+                return
+            hint = None
+            with structlog.contextvars.bound_contextvars(job_id=job.id, attempt=job.attempt):
+                self._run(slot, job)
 
     def _may_claim(self, slot: Slot) -> bool:
         # Looked at on either side of a wait that may take seconds.

@@ -175,6 +175,24 @@ def test_jobs_are_found_without_a_message_at_every_free_slot(
     wait_for(lambda: [state(database, job_id) for job_id in ids] == ["succeeded"] * 2)
 
 
+def test_a_wake_up_for_what_a_look_has_just_missed_is_not_lost(
+    database: Database, tmp_path: Path, woken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = runner(database, tmp_path, Nursery(database, ready=True))
+    claim, late = worker._claim, []
+
+    def claim_and_then_a_job_comes(hint: str | None) -> jobs.Job | None:
+        found = claim(hint)
+        if not late:
+            late.append(submit(database))
+            worker.run_until_idle(late[0])  # the message's thread: it finds no free slot
+        return found
+
+    monkeypatch.setattr(worker, "_claim", claim_and_then_a_job_comes)
+    worker.run_until_idle(None)
+    assert state(database, late[0]) == "succeeded"
+
+
 def test_what_this_worker_cannot_run_is_nothing_to_look_for(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
