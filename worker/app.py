@@ -3,7 +3,6 @@
 Imports no torch: what the device can do is learnt from a job's process. `python -m worker.app` starts it.
 """
 
-import contextlib
 import os
 import socket
 import sys
@@ -182,8 +181,7 @@ def serve(settings: Settings) -> None:
         slots=len(slots),
         torch=ready.versions.get("torch"),
     )
-    with contextlib.suppress(StoreUnavailable):  # each heartbeat looks again
-        runner.look()
+    runner.look()
     controller.start()
     stopping.set()
     watcher.join()

@@ -51,6 +51,12 @@ class Slot:
                 self._warm = self._spawn(probe=probe)
             return self._warm
 
+    @property
+    def warm(self) -> bool:
+        """Whether a process waits that is ready for an order."""
+        with self._lock:
+            return self._warm is not None and self._warm.alive and self._warm.ready.done()
+
     def wait_until_warm(self) -> bool:
         """Wait for the waiting process to be ready; False, and a line in the log, where none can be had."""
         child = self.warm_up()

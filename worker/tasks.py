@@ -87,16 +87,9 @@ class Runner:
             slot.close()
 
     def look(self) -> None:
-        """Start on what waits, without a message, which a broker may lose or a worker that hangs has taken.
-
-        Raises:
-            StoreUnavailable: the database did not answer.
-        """
-        if self._draining.is_set() or not (free := len(self._free)):
+        """Start on what waits, without a message, which a broker may lose or a worker that hangs has taken."""
+        if self._draining.is_set() or not (free := len(self._free)) or not self._any_waiting():
             return
-        with self._database.read() as session:
-            if not jobs.any_waiting(session, capability=self._capability):
-                return
         for _ in range(free):
             threading.Thread(target=self.run_until_idle, args=(None,), name="look", daemon=True).start()
 
@@ -139,8 +132,18 @@ class Runner:
                 self._run(slot, job)
 
     def _may_claim(self, slot: Slot) -> bool:
-        # Looked at on either side of a wait that may take seconds.
-        return not self._draining.is_set() and slot.wait_until_warm() and not self._draining.is_set()
+        # One of Celery's threads waits here, which takes no message meanwhile: only for a job that is there.
+        if self._draining.is_set() or not (slot.warm or self._any_waiting()):
+            return False
+        return slot.wait_until_warm() and not self._draining.is_set()
+
+    def _any_waiting(self) -> bool:
+        try:
+            with self._database.read() as session:
+                return jobs.any_waiting(session, capability=self._capability)
+        except StoreUnavailable as error:
+            log.warning("nothing claimed: the database is away", error=str(error))
+            return False
 
     def _claim(self, hint: str | None) -> jobs.Job | None:
         def claim(session: Session) -> jobs.Job | None:

@@ -125,6 +125,15 @@ def test_a_job_stays_free_for_others_until_a_process_is_ready(
     assert woken == []
 
 
+def test_nobody_waits_for_a_process_without_a_job(
+    database: Database, tmp_path: Path, woken: list[str]
+) -> None:
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, tmp_path, nursery)
+    worker.run_until_idle(None)  # returns, though no process is or gets ready
+    assert nursery.children == []
+
+
 def test_where_no_process_starts_no_job_is_claimed_and_the_slot_is_tried_again(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
