@@ -87,7 +87,7 @@ class Runner:
             slot.close()
 
     def look(self) -> None:
-        """Start on what waits, without a message, which a broker may lose or a worker that hangs has taken."""
+        """Start on what waits, without a message: brokers lose them, and workers that hang take them."""
         if self._draining.is_set() or not (free := len(self._free)) or not self._any_waiting():
             return
         for _ in range(free):

@@ -188,6 +188,7 @@ def test_a_wake_up_for_what_a_look_has_just_missed_is_not_lost(
     database: Database, tmp_path: Path, woken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = runner(database, tmp_path, Nursery(database, ready=True))
+    worker._slots[0].warm_up()
     claim, late = worker._claim, []
 
     def claim_and_then_a_job_comes(hint: str | None) -> jobs.Job | None:
