@@ -287,3 +287,19 @@ def test_each_violation_is_named(invariant: str, spoil: Callable[[Evidence], Evi
 
 def test_each_invariant_is_shown_red() -> None:
     assert {name for name, _, _ in BROKEN} == set(INVARIANTS)
+
+
+def test_a_job_that_was_cancelled_before_it_went_back_by_itself_has_other_steps() -> None:
+    evidence = good()
+    first_pass = dataclasses.replace(
+        evidence.jobs["b"], variant="nan", columns=columns(2) | {"epoch": [7.0, 7.0]}
+    )
+    both = evidence.jobs | {"b": first_pass}
+    failed = Reference("failed", "non_finite_loss", columns(4), None)
+    evidence = dataclasses.replace(
+        evidence, jobs=both, references=dict(evidence.references) | {"nan": failed}
+    )
+    assert check(evidence) == []
+    other = dataclasses.replace(failed, code="out_of_memory_host")
+    found = check(dataclasses.replace(evidence, references=dict(evidence.references) | {"nan": other}))
+    assert [each.invariant for each in found] == ["steps equal the undisturbed run"]
