@@ -109,14 +109,20 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def waiting_for_a_process(database: Database, folder: Path) -> tuple[Runner, Nursery, str]:
+    """A runner that found a job, which one; its slot's process is started and not yet ready."""
+    nursery = Nursery(database, ready=False)
+    worker = runner(database, folder, nursery)
+    job_id = submit(database, max_attempts=1)
+    worker.look()
+    wait_for(lambda: len(nursery.children) == 1)
+    return worker, nursery, job_id
+
+
 def test_a_job_stays_free_for_others_until_a_process_is_ready(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
-    nursery = Nursery(database, ready=False)
-    worker = runner(database, tmp_path, nursery)
-    job_id = submit(database)
-    worker.look()
-    wait_for(lambda: len(nursery.children) == 1)
+    _, nursery, job_id = waiting_for_a_process(database, tmp_path)
     time.sleep(0.1)
     assert state(database, job_id) == "queued"
     nursery.ready = True
@@ -137,11 +143,7 @@ def test_nobody_waits_for_a_process_without_a_job(
 def test_where_no_process_starts_no_job_is_claimed_and_the_slot_is_tried_again(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
-    nursery = Nursery(database, ready=False)
-    worker = runner(database, tmp_path, nursery)
-    job_id = submit(database, max_attempts=1)
-    worker.look()
-    wait_for(lambda: len(nursery.children) == 1)
+    worker, nursery, job_id = waiting_for_a_process(database, tmp_path)
     nursery.children[0].alive = False
     nursery.children[0].ready.set_exception(RuntimeError("no torch here"))
     nursery.ready = True
@@ -152,11 +154,7 @@ def test_where_no_process_starts_no_job_is_claimed_and_the_slot_is_tried_again(
 def test_a_worker_that_drains_meanwhile_claims_nothing(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
-    nursery = Nursery(database, ready=False)
-    worker = runner(database, tmp_path, nursery)
-    job_id = submit(database)
-    worker.look()
-    wait_for(lambda: len(nursery.children) == 1)
+    worker, nursery, job_id = waiting_for_a_process(database, tmp_path)
     worker.drain()
     nursery.children[0].ready.set_result(READY)
     time.sleep(0.1)
