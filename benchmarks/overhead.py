@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--block-seconds", type=float, default=0.15, help="of one loop in one round")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out where installed")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other comparisons")
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:  # the process of one comparison
@@ -92,14 +93,14 @@ def main() -> None:
         )
         print("\n" + json.dumps(result))
         return
-    settings = {key: value for key, value in vars(arguments).items() if key not in {"out", "only"}}
+    settings = {key: value for key, value in vars(arguments).items() if key not in {"out", "add", "only"}}
     report = Report("overhead", settings)
     for work in arguments.works:
         for precision in arguments.precisions:
             for threads in arguments.threads:
                 result = _in_process(arguments, work, precision, threads)
                 add_figures(report, Setting(work, precision), threads, result["seconds"])
-    report.write(arguments.out)
+    report.write(arguments.out, add=arguments.add)
 
 
 def _in_process(arguments: argparse.Namespace, work: str, precision: str, threads: int) -> dict[str, Any]:
