@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.report import machine
-from service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from service.contract.spec import JobSpec
-from worker.training.loop import RunConfig, train
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.training.loop import RunConfig, train
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "FP32": {"mode": "automatic", "precision_level": "fp32"},
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    logging.getLogger("worker.amp").setLevel(logging.ERROR)
+    logging.getLogger("halfstep.worker.amp").setLevel(logging.ERROR)
     began, on = time.monotonic(), machine()
     runs = []
     for work in arguments.works:

@@ -28,13 +28,13 @@ from benchmarks.databases import LOCAL_SERVER, new_database
 from benchmarks.load import Load, Served, measure, request
 from benchmarks.report import Report, options
 from benchmarks.steps import LIVE, batches
-from service.cli import broker
-from service.contract.spec import JobSpec
-from service.store import jobs, metrics, workers
-from service.store.database import Database
-from service.store.jobs import Job
-from service.store.schema import migrate
-from service.store.workers import Capability
+from halfstep.service.cli import broker
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.store import jobs, metrics, workers
+from halfstep.service.store.database import Database
+from halfstep.service.store.jobs import Job
+from halfstep.service.store.schema import migrate
+from halfstep.service.store.workers import Capability
 
 CONNECTIONS = (16, 1)
 CPU = Capability("cpu", bf16=True, fp16=True, memory_bytes=2**33, device_name="cpu", device_count=1)
@@ -150,7 +150,7 @@ class _Installation:
 
     def __enter__(self) -> Self:
         self._start(*broker.command(self._directory / "broker.sock"))
-        self._start(sys.executable, "-m", "service.api")
+        self._start(sys.executable, "-m", "halfstep.service.api")
         _until(self._answers, "the API answers")
         with self.worker():  # it publishes the catalogue, which stays
             pass
@@ -173,7 +173,7 @@ class _Installation:
     @contextmanager
     def worker(self) -> Iterator[None]:
         """A worker with two slots, registered."""
-        process = self._start(sys.executable, "-m", "worker.app")
+        process = self._start(sys.executable, "-m", "halfstep.worker.app")
         try:
             _until(lambda: len(self.call("GET", "/workers")[0]["items"]) == 2, "the worker is registered")
             yield

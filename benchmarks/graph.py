@@ -21,10 +21,10 @@ from torch import Tensor
 
 from benchmarks.loops.works import LEARNING_RATE, MAX_GRAD_NORM, PRECISIONS, WORKS, Setting
 from benchmarks.report import Report, options
-from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
-from worker.training import randomness
-from worker.training.assembly import Assembly, assemble
-from worker.training.batches import Plan
+from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
+from halfstep.worker.training import randomness
+from halfstep.worker.training.assembly import Assembly, assemble
+from halfstep.worker.training.batches import Plan
 
 BASE = "bare, eager"
 PRECISION = PRECISIONS | {"fp16": {"mode": "automatic", "precision_level": "fp16"}}
@@ -160,7 +160,7 @@ def main() -> None:
         print("benchmarks.graph: no CUDA device on this machine, so there is no graph to measure; see --help")
         return
     torch.set_num_threads(arguments.threads)
-    logging.getLogger("worker.amp").setLevel(logging.ERROR)
+    logging.getLogger("halfstep.worker.amp").setLevel(logging.ERROR)
     report = Report("graph", {name: value for name, value in vars(arguments).items() if name != "out"})
     for work in arguments.works:
         for precision in arguments.precisions:

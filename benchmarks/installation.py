@@ -22,8 +22,8 @@ import httpx
 import psycopg
 from psycopg import sql
 
-from service.cli import broker
-from service.store.schema import migrate
+from halfstep.service.cli import broker
+from halfstep.service.store.schema import migrate
 
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 45.0
@@ -81,10 +81,10 @@ class Installation:
             if self._embedded:
                 self.start("broker", broker.command(self.data / "broker.sock"))
                 wait_for("the broker's socket", (self.data / "broker.sock").exists)
-            self.start("api", (sys.executable, "-m", "service.api"))
-            self.start("dispatch", (sys.executable, "-m", "service.dispatch"))
+            self.start("api", (sys.executable, "-m", "halfstep.service.api"))
+            self.start("dispatch", (sys.executable, "-m", "halfstep.service.dispatch"))
             wait_for("the API answers", self._ready)
-            self.start("worker", (sys.executable, "-m", "worker.app"))
+            self.start("worker", (sys.executable, "-m", "halfstep.worker.app"))
             wait_for("a worker is registered", lambda: self.get("/workers")["items"])
         except BaseException:
             self.close()

@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.installation import Installation, postgres_database
-from service.cli import broker
-from service.queue import QUEUE, make_celery
+from halfstep.service.cli import broker
+from halfstep.service.queue import QUEUE, make_celery
 
 REDIS = "redis://127.0.0.1:6379/0"
 POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
@@ -36,7 +36,7 @@ UNCOUNTED = 2
 
 STARTED = """
 import sys, time
-from service.queue import QUEUE, make_celery
+from halfstep.service.queue import QUEUE, make_celery
 app = make_celery(sys.argv[1])
 
 @app.task(name="started")

@@ -25,7 +25,7 @@ from benchmarks.loops.ours import LOOPS
 from benchmarks.loops.peers import present
 from benchmarks.loops.works import PRECISIONS, WORKS, Loop, Setting
 from benchmarks.report import Report, options
-from worker.slots import ALLOCATOR
+from halfstep.worker.slots import ALLOCATOR
 
 BASE = "bare, fused"
 _STEPS_PER_BLOCK = 32
@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only:  # the process of one comparison
         torch.set_num_threads(arguments.threads[0])
-        logging.getLogger("worker.amp").setLevel(logging.ERROR)
+        logging.getLogger("halfstep.worker.amp").setLevel(logging.ERROR)
         setting = Setting(arguments.works[0], arguments.precisions[0])
         result = compare(
             setting,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import psycopg
 
-from service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
+from halfstep.service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
 
 _TYPES = {
     **dict.fromkeys(METRIC_COLUMNS, "DOUBLE PRECISION"),

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.contract.metrics import LiveStats, StepMetrics
-from service.contract.spec import JobSpec
-from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
-from worker.amp.telemetry import StepRow
-from worker.training.errors import NonFinite
-from worker.training.loop import RunConfig, train
+from halfstep.service.contract.metrics import LiveStats, StepMetrics
+from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
+from halfstep.worker.amp.telemetry import StepRow
+from halfstep.worker.training.errors import NonFinite
+from halfstep.worker.training.loop import RunConfig, train
 
 try:
     import matplotlib as mpl
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(PLOTS), metavar="NAME", help=", ".join(PLOTS))
     names = parser.parse_args().names
     torch.set_num_threads(1)
-    logging.getLogger("worker.amp").setLevel(logging.ERROR)
+    logging.getLogger("halfstep.worker.amp").setLevel(logging.ERROR)
     mpl.use("Agg")
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -26,14 +26,14 @@ from benchmarks.databases import LOCAL_SERVER, new_database
 from benchmarks.peer_rows import PostgresRows, Rows, SqliteRows
 from benchmarks.report import Report, options
 from benchmarks.steps import LIVE, batches
-from service.contract.spec import JobSpec
-from service.store import jobs, metrics
-from service.store.database import Database
-from service.store.jobs import Job
-from service.store.schema import migrate
-from service.store.tables import metadata
-from service.store.workers import Capability
-from worker.reporting import Reporter
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.jobs import Job
+from halfstep.service.store.schema import migrate
+from halfstep.service.store.tables import metadata
+from halfstep.service.store.workers import Capability
+from halfstep.worker.reporting import Reporter
 
 BATCHES = (256, 1024, 8192)  # what the reporter sends: from a slow job's flush to its limit under pressure
 FILL_BATCH = 8192
@@ -325,7 +325,7 @@ def _api(url: str) -> Iterator[_Client]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as data:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service.api"],
+            [sys.executable, "-m", "halfstep.service.api"],
             env=os.environ
             | {
                 "HALFSTEP_DATABASE_URL": url,

@@ -9,7 +9,7 @@ import random
 import struct
 from collections.abc import Iterator
 
-from service.contract.metrics import LiveStats, StepMetrics
+from halfstep.service.contract.metrics import LiveStats, StepMetrics
 
 PERIOD = 65_536  # values repeat after so many steps: far beyond what any one chunk could make use of
 EPOCH_STEPS = 5_000

@@ -1,8 +1,8 @@
-"""Alembic's entry: runs on the connection that `service.store.schema.migrate` opened and locked."""
+"""Alembic's entry: runs on the connection that `halfstep.service.store.schema.migrate` opened and locked."""
 
 from alembic import context
 
-from service.store.tables import metadata
+from halfstep.service.store.tables import metadata
 
 connection = context.config.attributes.get("connection")
 if connection is None:

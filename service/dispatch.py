@@ -3,7 +3,7 @@
 A loop of compare-and-set statements on a timer, safe to run any number of times at once:
 it re-sends queued jobs that nobody claimed, takes back expired leases, fails what no live
 worker can run, deletes what is older than it is to be kept, and sweeps up after deleted jobs.
-`python -m service.dispatch` starts it.
+`python -m halfstep.service.dispatch` starts it.
 """
 
 import math
@@ -18,15 +18,15 @@ import structlog
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.errors import HalfstepError, NotFound, StoreUnavailable
-from service.faultpoints import reach
-from service.logs import configure
-from service.queue import enqueue
-from service.settings import Settings
-from service.storage import storage
-from service.store import jobs, schema
-from service.store.database import Database, connect
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import HalfstepError, NotFound, StoreUnavailable
+from halfstep.service.faultpoints import reach
+from halfstep.service.logs import configure
+from halfstep.service.queue import enqueue
+from halfstep.service.settings import Settings
+from halfstep.service.storage import storage
+from halfstep.service.store import jobs, schema
+from halfstep.service.store.database import Database, connect
 
 log = structlog.get_logger(__name__)
 
@@ -146,7 +146,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m service.dispatch`; ends cleanly on SIGTERM and SIGINT."""
+    """Entry point of `python -m halfstep.service.dispatch`; ends cleanly on SIGTERM and SIGINT."""
     try:
         settings = Settings()
     except (ValidationError, ValueError) as error:

@@ -8,7 +8,7 @@ import sys
 
 import structlog
 
-from service.settings import Settings
+from halfstep.service.settings import Settings
 
 
 def configure(settings: Settings, process: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self, TypeVar, cast
 from urllib.parse import unquote
 
-from service.errors import ConfigurationError
+from halfstep.service.errors import ConfigurationError
 
 READ_SECONDS = 30.0
 REMOVE_SECONDS = 10.0

@@ -16,7 +16,7 @@ import structlog
 from celery import Celery
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from service.settings import Settings
+from halfstep.service.settings import Settings
 
 QUEUE = "halfstep"
 RUN_JOB = "halfstep.run_job"

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from service.errors import HalfstepError
-from service.mirror import Mirror, MirrorFailed
-from service.settings import Settings
+from halfstep.service.errors import HalfstepError
+from halfstep.service.mirror import Mirror, MirrorFailed
+from halfstep.service.settings import Settings
 
 MODEL_FILE = "model.safetensors"
 """Of a checkpoint's directory, what a client may download."""

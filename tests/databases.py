@@ -17,9 +17,9 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from service.store.database import Database
-from service.store.schema import migrate
-from service.store.tables import metadata
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
+from halfstep.service.store.tables import metadata
 
 LOCAL_SERVER = "postgresql://postgres@127.0.0.1:5432/postgres"
 KINDS = ("sqlite", pytest.param("postgresql", marks=pytest.mark.postgres))

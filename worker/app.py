@@ -1,6 +1,7 @@
 """The Celery worker process: start-up, registration, the threads pool, drain on SIGTERM, a bounded end.
 
-Imports no torch: what the device can do is learnt from a job's process. `python -m worker.app` starts it.
+Imports no torch: what the device can do is learnt from a job's process.
+`python -m halfstep.worker.app` starts it.
 """
 
 import os
@@ -17,20 +18,20 @@ from celery.exceptions import SecurityWarning
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
-from service.logs import configure
-from service.queue import QUEUE, make_celery
-from service.settings import Settings
-from service.storage import storage
-from service.store import components, schema, workers
-from service.store.components import ComponentInfo
-from service.store.database import Database, connect
-from service.store.jobs import new_job_id
-from service.store.workers import Capability
-from worker.process import Spawner
-from worker.protocol import Ready
-from worker.slots import READY_SECONDS, Slot, build_slots
-from worker.tasks import Runner, register
+from halfstep.service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
+from halfstep.service.logs import configure
+from halfstep.service.queue import QUEUE, make_celery
+from halfstep.service.settings import Settings
+from halfstep.service.storage import storage
+from halfstep.service.store import components, schema, workers
+from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.database import Database, connect
+from halfstep.service.store.jobs import new_job_id
+from halfstep.service.store.workers import Capability
+from halfstep.worker.process import Spawner
+from halfstep.worker.protocol import Ready
+from halfstep.worker.slots import READY_SECONDS, Slot, build_slots
+from halfstep.worker.tasks import Runner, register
 
 log = structlog.get_logger(__name__)
 
@@ -188,7 +189,7 @@ def serve(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m worker.app`."""
+    """Entry point of `python -m halfstep.worker.app`."""
     try:
         settings = Settings()
     except (ValidationError, ValueError) as error:

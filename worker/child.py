@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import IO, Literal
 
-from worker.protocol import Message, Progress, RunOrder, StopOrder, decode, encode
+from halfstep.worker.protocol import Message, Progress, RunOrder, StopOrder, decode, encode
 
 PR_SET_PDEATHSIG = 1
 PROGRESS_SECONDS = 0.2
@@ -92,7 +92,7 @@ def _be_chosen_before_the_worker() -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m worker.child`; started by the worker, not by hand."""
+    """Entry point of `python -m halfstep.worker.child`; started by the worker, not by hand."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--report-fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
@@ -105,7 +105,7 @@ def main() -> None:
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted, not a path
         os.dup2(nothing.fileno(), 0)
     control, reports = Control(orders), Reports(arguments.report_fd)
-    from worker import job  # noqa: PLC0415 - torch takes seconds to import, and all the above must hold by then
+    from halfstep.worker import job  # noqa: PLC0415 - torch takes seconds to import, and all the above must hold by then
 
     prepared = job.prepare(probe=arguments.probe)
     reports.send(prepared.ready)

@@ -12,24 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from service.contract.spec import JobSpec
-from service.contract.speed import DtypeSpeed
-from service.contract.states import ReasonCode
-from service.errors import StaleFence, StoreUnavailable
-from service.faultpoints import reach
-from service.settings import Settings
-from service.storage import mirror
-from service.store import events
-from service.store.database import Database, connect
-from worker.protocol import Done, Ready, RunOrder
-from worker.reporting import FIRST_FENCE, Reporter
-from worker.training import components
-from worker.training.capability import probe as probe_device
-from worker.training.checkpoint import CheckpointRef
-from worker.training.errors import TrainingFailure
-from worker.training.failures import out_of_memory
-from worker.training.loop import RunConfig, StopRequest, train
-from worker.training.warmup import take_a_step
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.speed import DtypeSpeed
+from halfstep.service.contract.states import ReasonCode
+from halfstep.service.errors import StaleFence, StoreUnavailable
+from halfstep.service.faultpoints import reach
+from halfstep.service.settings import Settings
+from halfstep.service.storage import mirror
+from halfstep.service.store import events
+from halfstep.service.store.database import Database, connect
+from halfstep.worker.protocol import Done, Ready, RunOrder
+from halfstep.worker.reporting import FIRST_FENCE, Reporter
+from halfstep.worker.training import components
+from halfstep.worker.training.capability import probe as probe_device
+from halfstep.worker.training.checkpoint import CheckpointRef
+from halfstep.worker.training.errors import TrainingFailure
+from halfstep.worker.training.failures import out_of_memory
+from halfstep.worker.training.loop import RunConfig, StopRequest, train
+from halfstep.worker.training.warmup import take_a_step
 
 MAX_DECISIONS = 10_000  # a run changes its precision a few times at most; each resume tells them again
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy.orm import Session
 
-from service.contract.states import RequestedAction
-from service.errors import StaleFence, StoreUnavailable
-from service.store import jobs
-from service.store.database import Database
+from halfstep.service.contract.states import RequestedAction
+from halfstep.service.errors import StaleFence, StoreUnavailable
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
 
 log = structlog.get_logger(__name__)
 

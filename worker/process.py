@@ -20,7 +20,7 @@ from typing import IO
 
 import structlog
 
-from worker.protocol import Message, Ready, decode, encode
+from halfstep.worker.protocol import Message, Ready, decode, encode
 
 log = structlog.get_logger(__name__)
 
@@ -166,7 +166,13 @@ class Spawner:
 
 def _start(environment: Mapping[str, str], *, probe: bool) -> ChildProcess:
     read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "worker.child", f"--report-fd={write_end}", f"--parent={os.getpid()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "halfstep.worker.child",
+        f"--report-fd={write_end}",
+        f"--parent={os.getpid()}",
+    ]
     try:
         popen = subprocess.Popen(
             command + (["--probe"] if probe else []),

@@ -20,15 +20,15 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from service.errors import StoreUnavailable
-from service.faultpoints import reach
-from service.mirror import Mirror
-from service.store import events, jobs, metrics
-from service.store.database import Database
-from worker.training import checkpoint
-from worker.training.checkpoint import CheckpointInfo, CheckpointRef
-from worker.training.errors import TrainingFailure
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.faultpoints import reach
+from halfstep.service.mirror import Mirror
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.worker.training import checkpoint
+from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.worker.training.errors import TrainingFailure
 
 log = structlog.get_logger(__name__)
 

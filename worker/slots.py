@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from service.errors import ConfigurationError
-from service.settings import Settings
-from worker.process import ChildProcess, Spawner
-from worker.protocol import Ready
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.settings import Settings
+from halfstep.worker.process import ChildProcess, Spawner
+from halfstep.worker.protocol import Ready
 
 log = structlog.get_logger(__name__)
 

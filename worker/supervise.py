@@ -13,9 +13,9 @@ from typing import Literal
 
 import structlog
 
-from worker.lease import LeaseKeeper
-from worker.process import ChildProcess, Exited
-from worker.protocol import Done, Progress, StopOrder
+from halfstep.worker.lease import LeaseKeeper
+from halfstep.worker.process import ChildProcess, Exited
+from halfstep.worker.protocol import Done, Progress, StopOrder
 
 log = structlog.get_logger(__name__)
 

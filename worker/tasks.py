@@ -14,22 +14,22 @@ import structlog
 from celery import Celery
 from sqlalchemy.orm import Session
 
-from service.contract.spec import JobSpec
-from service.contract.states import JobState, ReasonCode, RequestedAction
-from service.errors import StaleFence, StoreUnavailable
-from service.faultpoints import reach
-from service.queue import RUN_JOB, enqueue
-from service.settings import Settings
-from service.store import events, jobs
-from service.store.database import Database
-from service.store.workers import Capability
-from worker import memory_kills
-from worker.lease import LeaseKeeper
-from worker.process import ChildProcess
-from worker.protocol import Done, RunOrder
-from worker.slots import Slot
-from worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
-from worker.training.remedies import less_memory
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import JobState, ReasonCode, RequestedAction
+from halfstep.service.errors import StaleFence, StoreUnavailable
+from halfstep.service.faultpoints import reach
+from halfstep.service.queue import RUN_JOB, enqueue
+from halfstep.service.settings import Settings
+from halfstep.service.store import events, jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.workers import Capability
+from halfstep.worker import memory_kills
+from halfstep.worker.lease import LeaseKeeper
+from halfstep.worker.process import ChildProcess
+from halfstep.worker.protocol import Done, RunOrder
+from halfstep.worker.slots import Slot
+from halfstep.worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
+from halfstep.worker.training.remedies import less_memory
 
 log = structlog.get_logger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.loops.works import Setting, scratch
-from service.contract.metrics import LiveStats, StepMetrics
-from worker.amp import MixedPrecisionTrainer
-from worker.training.loop import RunConfig, StopRequest, train
+from halfstep.service.contract.metrics import LiveStats, StepMetrics
+from halfstep.worker.amp import MixedPrecisionTrainer
+from halfstep.worker.training.loop import RunConfig, StopRequest, train
 
 _WARM_UP = 64
 

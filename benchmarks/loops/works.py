@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from service.contract.spec import JobSpec
-from worker.training import randomness
-from worker.training.assembly import Assembly, assemble
-from worker.training.batches import Plan
-from worker.training.data import epoch_order
+from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.training import randomness
+from halfstep.worker.training.assembly import Assembly, assemble
+from halfstep.worker.training.batches import Plan
+from halfstep.worker.training.data import epoch_order
 
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4

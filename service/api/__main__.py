@@ -1,4 +1,4 @@
-"""`python -m service.api`: serve the API until SIGTERM or SIGINT, then end with status 0."""
+"""`python -m halfstep.service.api`: serve the API until SIGTERM or SIGINT, then end with status 0."""
 
 import gc
 import signal
@@ -11,15 +11,15 @@ from typing import Never
 import structlog
 import uvicorn
 
-from service import logs
-from service.api.app import create_app
-from service.api.context import Context
-from service.errors import ConfigurationError, StoreUnavailable
-from service.settings import Settings
-from service.storage import storage
-from service.store import keys
-from service.store.database import Database, connect
-from service.store.schema import check_current
+from halfstep.service import logs
+from halfstep.service.api.app import create_app
+from halfstep.service.api.context import Context
+from halfstep.service.errors import ConfigurationError, StoreUnavailable
+from halfstep.service.settings import Settings
+from halfstep.service.storage import storage
+from halfstep.service.store import keys
+from halfstep.service.store.database import Database, connect
+from halfstep.service.store.schema import check_current
 
 DATABASE_WAIT_SECONDS = 30.0
 GRACE_SECONDS = 20

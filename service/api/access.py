@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from service.api.context import Context, context_of
-from service.api.door import Caller
-from service.api.problems import ProblemError
+from halfstep.service.api.context import Context, context_of
+from halfstep.service.api.door import Caller
+from halfstep.service.api.problems import ProblemError
 
 Scope = Literal["read", "submit", "admin"]
 NOBODY_IN_PARTICULAR = Caller("default", frozenset({"read", "submit", "admin"}))

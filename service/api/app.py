@@ -6,13 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.api import openapi, problems
-from service.api.context import Context
-from service.api.door import Door
-from service.api.feed import Feed
-from service.api.intake import Intake
-from service.api.request_id import RequestIds
-from service.api.routes import (
+from halfstep.service.api import openapi, problems
+from halfstep.service.api.context import Context
+from halfstep.service.api.door import Door
+from halfstep.service.api.feed import Feed
+from halfstep.service.api.intake import Intake
+from halfstep.service.api.request_id import RequestIds
+from halfstep.service.api.routes import (
     checkpoints,
     components,
     control,
@@ -25,11 +25,11 @@ from service.api.routes import (
     stream,
     workers,
 )
-from service.api.summaries import Summaries
-from service.api.watch import JobWatcher
-from service.settings import Settings
-from service.store import metrics as record
-from service.store.database import Database, connect
+from halfstep.service.api.summaries import Summaries
+from halfstep.service.api.watch import JobWatcher
+from halfstep.service.settings import Settings
+from halfstep.service.store import metrics as record
+from halfstep.service.store.database import Database, connect
 
 API_VERSION = "1.0"
 """Of the HTTP contract, which changes less often than the package."""

@@ -18,9 +18,9 @@ from typing import Any, Never
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from service.api.pointers import pointer
-from service.api.problems import ProblemError
-from service.errors import FieldProblem, InvalidRequest
+from halfstep.service.api.pointers import pointer
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.errors import FieldProblem, InvalidRequest
 
 MAX_DEPTH = 32
 MAX_DIGITS = 4300

@@ -14,10 +14,10 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from referencing import Registry
 
-from service.api.pointers import pointer, suggestion
-from service.contract.spec import ComponentRef, JobSpec
-from service.errors import FieldProblem
-from service.store.components import ComponentInfo
+from halfstep.service.api.pointers import pointer, suggestion
+from halfstep.service.contract.spec import ComponentRef, JobSpec
+from halfstep.service.errors import FieldProblem
+from halfstep.service.store.components import ComponentInfo
 
 Catalogue = Mapping[tuple[str, str], ComponentInfo]
 KINDS = ("model", "dataset", "loss", "optimizer", "scheduler")

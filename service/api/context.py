@@ -5,13 +5,13 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from service.api.door import Door
-from service.api.feed import Feed
-from service.api.intake import Intake
-from service.api.summaries import Summaries
-from service.api.watch import JobWatcher
-from service.settings import Settings
-from service.store.database import Database
+from halfstep.service.api.door import Door
+from halfstep.service.api.feed import Feed
+from halfstep.service.api.intake import Intake
+from halfstep.service.api.summaries import Summaries
+from halfstep.service.api.watch import JobWatcher
+from halfstep.service.settings import Settings
+from halfstep.service.store.database import Database
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from service.api.together import Together
-from service.store import keys
-from service.store.database import Database
+from halfstep.service.api.together import Together
+from halfstep.service.store import keys
+from halfstep.service.store.database import Database
 
 KEEP_SECONDS = 1.0
 MOST_KEPT = 1000

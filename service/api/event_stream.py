@@ -12,10 +12,10 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.feed import Feed, end_message
-from service.api.watch import JobWatcher, until_gone
-from service.errors import NotFound, StoreUnavailable
-from service.store.following import Position
+from halfstep.service.api.feed import Feed, end_message
+from halfstep.service.api.watch import JobWatcher, until_gone
+from halfstep.service.errors import NotFound, StoreUnavailable
+from halfstep.service.store.following import Position
 
 KEEP_ALIVE_SECONDS = 15.0
 PATIENCE_SECONDS = 60.0

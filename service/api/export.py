@@ -1,12 +1,12 @@
-"""`python -m service.api.export FILE`: write the OpenAPI document, as the repository keeps it."""
+"""`python -m halfstep.service.api.export FILE`: write the OpenAPI document, as the repository keeps it."""
 
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from service.api.app import create_app
-from service.settings import Settings
+from halfstep.service.api.app import create_app
+from halfstep.service.settings import Settings
 
 
 def render() -> str:

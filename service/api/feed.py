@@ -14,13 +14,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service.api.views import event_view
-from service.api.wire import json_bytes, spelled_column
-from service.contract.states import JobState
-from service.store.database import Database
-from service.store.events import Event
-from service.store.following import News, Position, Standing, news
-from service.store.reading import MetricPage
+from halfstep.service.api.views import event_view
+from halfstep.service.api.wire import json_bytes, spelled_column
+from halfstep.service.contract.states import JobState
+from halfstep.service.store.database import Database
+from halfstep.service.store.events import Event
+from halfstep.service.store.following import News, Position, Standing, news
+from halfstep.service.store.reading import MetricPage
 
 STEPS_A_PAGE = 1000
 EVENTS_A_PAGE = 200

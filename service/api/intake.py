@@ -11,19 +11,19 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from service.api.body import JsonBody
-from service.api.submission import Catalogues, Fleet, Submission, prepare
-from service.api.together import Together
-from service.api.validation import read_spec
-from service.api.views import job_document, job_views
-from service.api.wakeup import wake_worker
-from service.api.wire import json_bytes
-from service.errors import StoreUnavailable
-from service.faultpoints import reach
-from service.settings import Settings
-from service.store import jobs
-from service.store.database import Database
-from service.store.records import absent
+from halfstep.service.api.body import JsonBody
+from halfstep.service.api.submission import Catalogues, Fleet, Submission, prepare
+from halfstep.service.api.together import Together
+from halfstep.service.api.validation import read_spec
+from halfstep.service.api.views import job_document, job_views
+from halfstep.service.api.wakeup import wake_worker
+from halfstep.service.api.wire import json_bytes
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.faultpoints import reach
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.records import absent
 
 _log = structlog.get_logger(__name__)
 

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service.api.problems import PROBLEM_TYPE
-from service.api.schemas import Event, Problem, StreamEnd, StreamMetrics, StreamState
-from service.contract.spec import JobSpec, RetryRequest
+from halfstep.service.api.problems import PROBLEM_TYPE
+from halfstep.service.api.schemas import Event, Problem, StreamEnd, StreamMetrics, StreamState
+from halfstep.service.contract.spec import JobSpec, RetryRequest
 
 _REF = "#/components/schemas/{model}"
 _PROBLEM = {"schema": {"$ref": _REF.format(model="Problem")}}

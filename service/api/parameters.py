@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 
-from service.api.pointers import suggestion
-from service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.api.pointers import suggestion
+from halfstep.service.contract.metrics import METRIC_COLUMNS
 
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]

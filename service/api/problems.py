@@ -20,8 +20,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
-from service.api.wire import json_answer
-from service.errors import Conflict, FieldProblem, HalfstepError, InvalidRequest, NotFound, StoreUnavailable
+from halfstep.service.api.wire import json_answer
+from halfstep.service.errors import (
+    Conflict,
+    FieldProblem,
+    HalfstepError,
+    InvalidRequest,
+    NotFound,
+    StoreUnavailable,
+)
 
 PROBLEM_TYPE = "application/problem+json"
 _log = structlog.get_logger(__name__)

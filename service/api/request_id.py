@@ -8,7 +8,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import unexpected_answer
+from halfstep.service.api.problems import unexpected_answer
 
 HEADER = "x-request-id"
 _SANE = re.compile(r"[A-Za-z0-9._:\-]{1,128}")

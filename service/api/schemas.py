@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.examples import (
+from halfstep.service.api.examples import (
     CHECKPOINT,
     COMPONENT,
     EVENTS,
@@ -22,9 +22,9 @@ from service.api.examples import (
     STREAM_STATE,
     WORKER,
 )
-from service.contract.precision import MixedPrecisionMode, PrecisionLevel
-from service.contract.speed import DtypeSpeed
-from service.contract.states import JobState, ReasonCode
+from halfstep.service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from halfstep.service.contract.speed import DtypeSpeed
+from halfstep.service.contract.states import JobState, ReasonCode
 
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
 Number = Annotated[float | NonFinite, Field(description="A number; what is not finite is spelled out.")]

@@ -9,15 +9,15 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.api.catalogue import Catalogue, check_components, with_defaults
-from service.api.pointers import pointer
-from service.contract.precision import DeviceCapability, UnsupportedPrecisionError, resolve
-from service.contract.spec import JobSpec
-from service.contract.speed import DtypeSpeed, Speeds, slow_precision
-from service.errors import FieldProblem, InvalidRequest
-from service.settings import Settings
-from service.store import components, jobs, workers
-from service.store.workers import Capability
+from halfstep.service.api.catalogue import Catalogue, check_components, with_defaults
+from halfstep.service.api.pointers import pointer
+from halfstep.service.contract.precision import DeviceCapability, UnsupportedPrecisionError, resolve
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.speed import DtypeSpeed, Speeds, slow_precision
+from halfstep.service.errors import FieldProblem, InvalidRequest
+from halfstep.service.settings import Settings
+from halfstep.service.store import components, jobs, workers
+from halfstep.service.store.workers import Capability
 
 NO_CATALOGUE = (
     "no worker has published its components yet: names and parameters are unchecked, and a wrong one fails "

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from service.api.together import Together
-from service.api.views import stats_view
-from service.api.wire import json_bytes
-from service.errors import NotFound
-from service.store import metrics
-from service.store.database import Database
-from service.store.records import absent, known_shape
+from halfstep.service.api.together import Together
+from halfstep.service.api.views import stats_view
+from halfstep.service.api.wire import json_bytes
+from halfstep.service.errors import NotFound
+from halfstep.service.store import metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.records import absent, known_shape
 
 MOST_KEPT = 1000
 

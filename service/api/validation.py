@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from service.api.body import JsonBody
-from service.api.pointers import locate, pointer, suggestion
-from service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
-from service.contract.spec import JobSpec, RetryRequest
-from service.errors import FieldProblem, InvalidRequest
+from halfstep.service.api.body import JsonBody
+from halfstep.service.api.pointers import locate, pointer, suggestion
+from halfstep.service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
+from halfstep.service.contract.spec import JobSpec, RetryRequest
+from halfstep.service.errors import FieldProblem, InvalidRequest
 
 _MOST_PROBLEMS = 50
 _ABSENT = frozenset({"missing", "precision_contradiction"})

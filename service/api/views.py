@@ -9,13 +9,13 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.api.wire import timestamp
-from service.store import jobs, metrics
-from service.store.components import ComponentInfo
-from service.store.events import Event
-from service.store.jobs import Checkpoint, Job, Transition
-from service.store.metrics import Stats
-from service.store.workers import Worker
+from halfstep.service.api.wire import timestamp
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.events import Event
+from halfstep.service.store.jobs import Checkpoint, Job, Transition
+from halfstep.service.store.metrics import Stats
+from halfstep.service.store.workers import Worker
 
 _STATS_FIELDS = tuple(field.name for field in fields(Stats) if field.name != "version")
 

@@ -2,8 +2,8 @@
 
 import structlog
 
-from service import queue
-from service.settings import Settings
+from halfstep.service import queue
+from halfstep.service.settings import Settings
 
 _log = structlog.get_logger(__name__)
 

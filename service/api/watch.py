@@ -15,8 +15,8 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
 
-from service.api.problems import ProblemError
-from service.errors import StoreUnavailable
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.errors import StoreUnavailable
 
 MOST_WAITERS = 1000
 POLL_SECONDS = 0.2

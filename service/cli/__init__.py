@@ -4,6 +4,6 @@ Nothing here decides what a job is or does: the client commands know the HTTP co
 parts are started as processes of their own.
 """
 
-from service.cli.app import main
+from halfstep.service.cli.app import main
 
 __all__ = ["main"]

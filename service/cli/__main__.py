@@ -1,5 +1,5 @@
-"""`python -m service.cli` is `halfstep`."""
+"""`python -m halfstep.service.cli` is `halfstep`."""
 
-from service.cli.app import main
+from halfstep.service.cli.app import main
 
 main()

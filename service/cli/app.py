@@ -12,18 +12,18 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from service.cli.client import ServerRefused
-from service.cli.render import problem
-from service.errors import HalfstepError
+from halfstep.service.cli.client import ServerRefused
+from halfstep.service.cli.render import problem
+from halfstep.service.errors import HalfstepError
 
 # Who owns which command. Only the owner of the one that is asked for is imported: `halfstep stats` need not
 # wait for SQLAlchemy and Alembic.
 OWNERS = {
-    "service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "restored", "openapi"),
-    "service.cli.jobs": ("submit", "jobs", "stats", "watch"),
-    "service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
-    "service.cli.keys": ("keys",),
-    "service.cli.health": ("health",),
+    "halfstep.service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "restored", "openapi"),
+    "halfstep.service.cli.jobs": ("submit", "jobs", "stats", "watch"),
+    "halfstep.service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
+    "halfstep.service.cli.keys": ("keys",),
+    "halfstep.service.cli.health": ("health",),
 }
 
 

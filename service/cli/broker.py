@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from service.errors import ConfigurationError
+from halfstep.service.errors import ConfigurationError
 
 # sockaddr_un.sun_path less its terminating zero.
 SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103

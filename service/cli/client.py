@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 
-from service.errors import FieldProblem, HalfstepError
+from halfstep.service.errors import FieldProblem, HalfstepError
 
 PREFIX_SEARCH = 1000  # jobs looked through, newest first, for an id's prefix
 CONNECT_SECONDS = 5.0

@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from service.cli.client import Api
-from service.cli.download import fetch
-from service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from service.cli.render import checkpoints_table, print_wide
-from service.errors import NotFound
+from halfstep.service.cli.client import Api
+from halfstep.service.cli.download import fetch
+from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
+from halfstep.service.cli.render import checkpoints_table, print_wide
+from halfstep.service.errors import NotFound
 
 FromCheckpoint = Annotated[
     int | None,

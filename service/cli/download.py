@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from service.cli.client import Api, ServerUnreachable
-from service.errors import HalfstepError
+from halfstep.service.cli.client import Api, ServerUnreachable
+from halfstep.service.errors import HalfstepError
 
 
 class DownloadFailed(HalfstepError):

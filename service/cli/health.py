@@ -11,10 +11,10 @@ from typing import Annotated
 import httpx
 import typer
 
-from service.errors import HalfstepError
-from service.settings import Settings
-from service.store import jobs, workers
-from service.store.database import Database, connect
+from halfstep.service.errors import HalfstepError
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs, workers
+from halfstep.service.store.database import Database, connect
 
 OVERDUE_SECONDS = 60.0  # the dispatcher's rounds are a second apart
 API_TIMEOUT_SECONDS = 3.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.errors import ConfigurationError
+from halfstep.service.errors import ConfigurationError
 
 LOCK_FILE = "up.lock"
 

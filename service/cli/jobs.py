@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from service.cli.client import Api
-from service.cli.live import follow, view_for
-from service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from service.cli.render import jobs_table, print_wide, stats_table
-from service.cli.specfile import read_spec
-from service.contract.states import JobState
+from halfstep.service.cli.client import Api
+from halfstep.service.cli.live import follow, view_for
+from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
+from halfstep.service.cli.render import jobs_table, print_wide, stats_table
+from halfstep.service.cli.specfile import read_spec
+from halfstep.service.contract.states import JobState
 
 SpecFile = Annotated[
     str, typer.Argument(metavar="FILE", help="The job as YAML or JSON; - reads standard input.")

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.cli.render import print_wide
-from service.errors import ConfigurationError, NotFound
-from service.settings import Settings
-from service.store import keys as stored
-from service.store.database import Database, connect
-from service.store.schema import check_current
+from halfstep.service.cli.render import print_wide
+from halfstep.service.errors import ConfigurationError, NotFound
+from halfstep.service.settings import Settings
+from halfstep.service.store import keys as stored
+from halfstep.service.store.database import Database, connect
+from halfstep.service.store.schema import check_current
 
 app = typer.Typer(help="API keys, directly in the database.", no_args_is_help=True)
 

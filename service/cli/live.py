@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from service.cli.client import Api, ServerRefused, ServerUnreachable
-from service.cli.render import duration, number, percent, run_seconds, size, state, steps
+from halfstep.service.cli.client import Api, ServerRefused, ServerUnreachable
+from halfstep.service.cli.render import duration, number, percent, run_seconds, size, state, steps
 
 PAUSE_SECONDS = 0.25  # at least this long between two polls
 PLAIN_SECONDS = 5.0  # at most one plain line in this time, state changes aside

@@ -19,18 +19,18 @@ from typing import Annotated, NoReturn
 import httpx
 import typer
 
-from service.cli import broker
-from service.cli.instance import held
-from service.cli.merged_log import MergedLog
-from service.cli.supervisor import Part, Supervisor
-from service.errors import ConfigurationError
-from service.settings import Settings
-from service.storage import storage
-from service.store.database import connect
-from service.store.keys import SCOPES, import_secret
-from service.store.schema import check_current
-from service.store.schema import migrate as migrate_database
-from service.store.upkeep import give_back_held
+from halfstep.service.cli import broker
+from halfstep.service.cli.instance import held
+from halfstep.service.cli.merged_log import MergedLog
+from halfstep.service.cli.supervisor import Part, Supervisor
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.settings import Settings
+from halfstep.service.storage import storage
+from halfstep.service.store.database import connect
+from halfstep.service.store.keys import SCOPES, import_secret
+from halfstep.service.store.schema import check_current
+from halfstep.service.store.schema import migrate as migrate_database
+from halfstep.service.store.upkeep import give_back_held
 
 # The worker has HALFSTEP_DRAIN_SECONDS and a little more, the others what is left of the whole: with the
 # default everything is gone within 30 s.
@@ -84,17 +84,17 @@ def up(data_dir: DataDir = None, host: Host = None, port: Port = None) -> None:
 
 def api() -> None:
     """Serve the HTTP API. Run `halfstep migrate` first."""
-    _become("service.api")
+    _become("halfstep.service.api")
 
 
 def worker() -> None:
     """Run jobs on this machine's device. Run `halfstep migrate` first."""
-    _become("worker.app")
+    _become("halfstep.worker.app")
 
 
 def dispatch() -> None:
     """Send queued jobs to workers and requeue those of lost ones. Run `halfstep migrate` first."""
-    _become("service.dispatch")
+    _become("halfstep.service.dispatch")
 
 
 def migrate() -> None:
@@ -118,7 +118,7 @@ def restored() -> None:
 def openapi() -> None:
     """Print the API's OpenAPI document."""
     # Only this command needs FastAPI in the process; the API itself is a process of its own.
-    from service.api import create_app  # noqa: PLC0415 - only this command needs it
+    from halfstep.service.api import create_app  # noqa: PLC0415 - only this command needs it
 
     print(json.dumps(create_app(Settings()).openapi(), indent=2))
 
@@ -150,12 +150,12 @@ def _parts(settings: Settings) -> list[Part]:
         return (sys.executable, "-m", name)
 
     parts = [
-        Part(name="api", command=module("service.api"), stop_seconds=STOP_SECONDS),
-        Part(name="dispatch", command=module("service.dispatch"), stop_seconds=STOP_SECONDS),
+        Part(name="api", command=module("halfstep.service.api"), stop_seconds=STOP_SECONDS),
+        Part(name="dispatch", command=module("halfstep.service.dispatch"), stop_seconds=STOP_SECONDS),
         # Left alone, a worker drains by itself: its jobs get their last checkpoint.
         Part(
             name="worker",
-            command=module("worker.app"),
+            command=module("halfstep.worker.app"),
             stop_seconds=settings.drain_seconds + WORKER_EXTRA_SECONDS,
             orphan_signal=signal.SIGTERM,
         ),

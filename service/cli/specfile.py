@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from service.errors import HalfstepError
+from halfstep.service.errors import HalfstepError
 
 MOST_BYTES = 1_048_576
 

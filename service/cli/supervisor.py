@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.cli.merged_log import LineReader, MergedLog
-from service.errors import HalfstepError
+from halfstep.service.cli.merged_log import LineReader, MergedLog
+from halfstep.service.errors import HalfstepError
 
 LEASH = Path(__file__).with_name("leash.py")
 FIRST_PAUSE_SECONDS = 0.5

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.contract.precision import (
+from halfstep.service.contract.precision import (
     REFUSED_CELLS,
     LowDtype,
     MixedPrecisionConfig,

@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from service.store.clock import db_now
-from service.store.records import lock_fenced
-from service.store.tables import checkpoints as rows
-from service.store.upsert import upsert
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.records import lock_fenced
+from halfstep.service.store.tables import checkpoints as rows
+from halfstep.service.store.upsert import upsert
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ Pure functions, no SQL.
 from collections.abc import Sequence
 from typing import Any
 
-from service.contract.metrics import COMPUTE_DTYPES, FLAG_COLUMNS, METRIC_COLUMNS
-from service.store.packing import Kind, pack, unpack
+from halfstep.service.contract.metrics import COMPUTE_DTYPES, FLAG_COLUMNS, METRIC_COLUMNS
+from halfstep.service.store.packing import Kind, pack, unpack
 
 # A chunk ends where a multiple of this many steps does: short batches join until then, long ones are cut.
 CHUNK_STEPS = 512

@@ -7,9 +7,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.store.clock import db_now
-from service.store.tables import components
-from service.store.upsert import upsert
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.tables import components
+from halfstep.service.store.upsert import upsert
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ Each is idempotent: asked again, it returns the job as it is. What a retry does 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState, ReasonCode, RequestedAction
-from service.errors import Conflict
-from service.store import events
-from service.store.records import JOB_COLUMNS, Job, job_from, lock, move, status
-from service.store.tables import jobs
+from halfstep.service.contract.states import JobState, ReasonCode, RequestedAction
+from halfstep.service.errors import Conflict
+from halfstep.service.store import events
+from halfstep.service.store.records import JOB_COLUMNS, Job, job_from, lock, move, status
+from halfstep.service.store.tables import jobs
 
 
 def request_cancel(s: Session, job_id: str, *, tenant: str | None) -> Job:

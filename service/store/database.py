@@ -17,8 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from service.errors import StoreUnavailable
-from service.settings import Settings
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.settings import Settings
 
 T = TypeVar("T")
 Dialect = Literal["sqlite", "postgresql"]

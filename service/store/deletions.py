@@ -11,12 +11,12 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import insert, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.contract.states import TERMINAL
-from service.errors import Conflict
-from service.store.checkpoints import drop_checkpoints
-from service.store.clock import db_now
-from service.store.records import absent, lock
-from service.store.tables import deletions, job_events, jobs, metric_chunks, metric_rollups
+from halfstep.service.contract.states import TERMINAL
+from halfstep.service.errors import Conflict
+from halfstep.service.store.checkpoints import drop_checkpoints
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.records import absent, lock
+from halfstep.service.store.tables import deletions, job_events, jobs, metric_chunks, metric_rollups
 
 # Rows of one transaction: of chunks about a megabyte.
 SWEEP_ROWS = 64

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from service.store.clock import db_now
-from service.store.records import absent, known_shape, lock_fenced, storable
-from service.store.tables import job_events, job_stats
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.records import absent, known_shape, lock_fenced, storable
+from halfstep.service.store.tables import job_events, job_stats
 
 EventType = Literal[
     "state", "precision", "overflow", "nan", "alert", "evaluation", "checkpoint", "worker", "warning"

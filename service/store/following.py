@@ -12,12 +12,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.store import events, reading
-from service.store.events import Event
-from service.store.reading import MetricPage
-from service.store.records import absent, known_shape
-from service.store.tables import job_stats, jobs
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import events, reading
+from halfstep.service.store.events import Event
+from halfstep.service.store.reading import MetricPage
+from halfstep.service.store.records import absent, known_shape
+from halfstep.service.store.tables import job_stats, jobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,18 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.store.checkpoints import (
+from halfstep.service.contract.states import JobState
+from halfstep.service.store.checkpoints import (
     Checkpoint,
     checkpoints,
     drop_checkpoint,
     record_checkpoint,
 )
-from service.store.clock import db_now
-from service.store.control import request_cancel, request_pause, request_resume
-from service.store.deletions import Leftovers, delete, expired, sweep, unswept
-from service.store.leases import any_waiting, claim, finish, mark_running, release, renew, requested
-from service.store.records import (
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.control import request_cancel, request_pause, request_resume
+from halfstep.service.store.deletions import Leftovers, delete, expired, sweep, unswept
+from halfstep.service.store.leases import any_waiting, claim, finish, mark_running, release, renew, requested
+from halfstep.service.store.records import (
     JOB_COLUMNS,
     Job,
     Transition,
@@ -29,16 +29,16 @@ from service.store.records import (
     get,
     job_from,
 )
-from service.store.submissions import NewJob, Submitted, new_job_id, requirements, submit, submit_all
-from service.store.tables import job_tags, job_transitions, jobs
-from service.store.upkeep import (
+from halfstep.service.store.submissions import NewJob, Submitted, new_job_id, requirements, submit, submit_all
+from halfstep.service.store.tables import job_tags, job_transitions, jobs
+from halfstep.service.store.upkeep import (
     fail_without_worker,
     give_back_held,
     mark_published,
     reap,
     unclaimed,
 )
-from service.store.workers import Capability, Requirements
+from halfstep.service.store.workers import Capability, Requirements
 
 __all__ = [
     "Capability",

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.errors import FieldProblem, InvalidRequest, NotFound
-from service.store.clock import db_now
-from service.store.jobs import new_job_id
-from service.store.records import AnyRow
-from service.store.tables import api_keys
-from service.store.upsert import insert_new
+from halfstep.service.errors import FieldProblem, InvalidRequest, NotFound
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.jobs import new_job_id
+from halfstep.service.store.records import AnyRow
+from halfstep.service.store.tables import api_keys
+from halfstep.service.store.upsert import insert_new
 
 SCOPES = ("read", "submit", "admin")
 _SECRET = re.compile(r"tk_[A-Za-z0-9_\-]{32,200}")

@@ -9,12 +9,21 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, literal, select, update
 from sqlalchemy.orm import Session
 
-from service.contract.states import LEASED, JobState, ReasonCode, RequestedAction
-from service.errors import StaleFence
-from service.store.clock import db_now
-from service.store.records import JOB_COLUMNS, Job, job_from, lock, move, record_states, stale, status
-from service.store.tables import jobs, workers
-from service.store.workers import Capability, can_run
+from halfstep.service.contract.states import LEASED, JobState, ReasonCode, RequestedAction
+from halfstep.service.errors import StaleFence
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.records import (
+    JOB_COLUMNS,
+    Job,
+    job_from,
+    lock,
+    move,
+    record_states,
+    stale,
+    status,
+)
+from halfstep.service.store.tables import jobs, workers
+from halfstep.service.store.workers import Capability, can_run
 
 
 def claim(

@@ -11,16 +11,16 @@ from typing import Any
 from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
-from service.errors import Conflict
-from service.store import events, record_rows
-from service.store.clock import db_now
-from service.store.plots import downsample
-from service.store.reading import MetricPage, read
-from service.store.records import AnyRow, lock_fenced, stale
-from service.store.summary import Stats, summaries, summarise, versions
-from service.store.tables import job_stats
-from service.store.totals import Totals
+from halfstep.service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
+from halfstep.service.errors import Conflict
+from halfstep.service.store import events, record_rows
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.plots import downsample
+from halfstep.service.store.reading import MetricPage, read
+from halfstep.service.store.records import AnyRow, lock_fenced, stale
+from halfstep.service.store.summary import Stats, summaries, summarise, versions
+from halfstep.service.store.tables import job_stats
+from halfstep.service.store.totals import Totals
 
 __all__ = [
     "MetricPage",

@@ -14,10 +14,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.store import rollups
-from service.store.reading import MetricPage, known_names, newest_step, parts
-from service.store.rollups import entry_steps, row_steps, series_of
-from service.store.tables import metric_rollups
+from halfstep.service.store import rollups
+from halfstep.service.store.reading import MetricPage, known_names, newest_step, parts
+from halfstep.service.store.rollups import entry_steps, row_steps, series_of
+from halfstep.service.store.tables import metric_rollups
 
 # Entries of a level are used where a bucket is wider than so many of them: rounding its width up to a whole
 # number of entries then costs at most a third of the points.

@@ -7,11 +7,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import METRIC_COLUMNS
-from service.errors import FieldProblem, InvalidRequest
-from service.store import chunks
-from service.store.records import absent, known_shape
-from service.store.tables import job_stats, metric_chunks
+from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.errors import FieldProblem, InvalidRequest
+from halfstep.service.store import chunks
+from halfstep.service.store.records import absent, known_shape
+from halfstep.service.store.tables import job_stats, metric_chunks
 
 
 @dataclass(frozen=True, slots=True)

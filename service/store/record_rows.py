@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 from sqlalchemy import bindparam, delete, insert, literal, select, update
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import METRIC_COLUMNS
-from service.store import chunks, rollups
-from service.store.chunks import CHUNK_STEPS
-from service.store.reading import parts
-from service.store.records import AnyRow
-from service.store.tables import metric_chunks, metric_rollups
-from service.store.totals import NEEDED, Totals
+from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.store import chunks, rollups
+from halfstep.service.store.chunks import CHUNK_STEPS
+from halfstep.service.store.reading import parts
+from halfstep.service.store.records import AnyRow
+from halfstep.service.store.tables import metric_chunks, metric_rollups
+from halfstep.service.store.totals import NEEDED, Totals
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
 

@@ -14,10 +14,10 @@ import structlog
 from sqlalchemy import Row, Select, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
-from service.errors import Conflict, NotFound, StaleFence
-from service.store.clock import db_now
-from service.store.tables import job_events, job_stats, job_transitions, jobs
+from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
+from halfstep.service.errors import Conflict, NotFound, StaleFence
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.tables import job_events, job_stats, job_transitions, jobs
 
 log = structlog.get_logger(__name__)
 

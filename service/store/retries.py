@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from service.contract.spec import JobSpec
-from service.contract.states import TERMINAL
-from service.errors import Conflict, FieldProblem, InvalidRequest
-from service.store import metrics
-from service.store.checkpoints import Checkpoint, adopt_checkpoint, checkpoints
-from service.store.jobs import submit
-from service.store.records import JOB_COLUMNS, Job, job_from, lock
-from service.store.tables import jobs
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import TERMINAL
+from halfstep.service.errors import Conflict, FieldProblem, InvalidRequest
+from halfstep.service.store import metrics
+from halfstep.service.store.checkpoints import Checkpoint, adopt_checkpoint, checkpoints
+from halfstep.service.store.jobs import submit
+from halfstep.service.store.records import JOB_COLUMNS, Job, job_from, lock
+from halfstep.service.store.tables import jobs
 
 _MOST_NAMED = 12
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from service.contract.metrics import COMPUTE_DTYPES, METRIC_COLUMNS
-from service.store.chunks import DTYPE_CODES, FLAGS, INTEGERS
-from service.store.packing import Kind, pack, unpack
+from halfstep.service.contract.metrics import COMPUTE_DTYPES, METRIC_COLUMNS
+from halfstep.service.store.chunks import DTYPE_CODES, FLAGS, INTEGERS
+from halfstep.service.store.packing import Kind, pack, unpack
 
 ENTRIES = 64
 FAN = 4

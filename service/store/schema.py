@@ -15,9 +15,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
-import migrations
-from service.errors import ConfigurationError
-from service.store.database import Database, driver_url, make_engine
+from halfstep import migrations
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.store.database import Database, driver_url, make_engine
 
 _ADVISORY_LOCK = 0x68616C6673746570  # "halfstep"
 _PATIENCE_SECONDS = 300.0

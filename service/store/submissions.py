@@ -17,12 +17,12 @@ from typing import Any
 from sqlalchemy import Table, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.contract.precision import PrecisionLevel
-from service.contract.spec import JobSpec
-from service.contract.states import JobState
-from service.errors import InvalidRequest
-from service.store.clock import db_now
-from service.store.records import (
+from halfstep.service.contract.precision import PrecisionLevel
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import InvalidRequest
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.records import (
     Job,
     Transition,
     get,
@@ -31,8 +31,8 @@ from service.store.records import (
     storable,
     transition_row,
 )
-from service.store.summary import Stats, stats_of
-from service.store.tables import (
+from halfstep.service.store.summary import Stats, stats_of
+from halfstep.service.store.tables import (
     idempotency_keys,
     job_events,
     job_stats,
@@ -40,8 +40,8 @@ from service.store.tables import (
     job_transitions,
     jobs,
 )
-from service.store.upsert import insert_families, insert_new_rows
-from service.store.workers import Requirements
+from halfstep.service.store.upsert import insert_families, insert_new_rows
+from halfstep.service.store.workers import Requirements
 
 _id_lock = threading.Lock()
 _last_id = 0

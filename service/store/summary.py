@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.store.records import AnyRow, Job, absent, known_shape
-from service.store.tables import job_stats, jobs
+from halfstep.service.contract.states import JobState
+from halfstep.service.store.records import AnyRow, Job, absent, known_shape
+from halfstep.service.store.tables import job_stats, jobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from service.contract.states import LEASED, TERMINAL, JobState, RequestedAction
+from halfstep.service.contract.states import LEASED, TERMINAL, JobState, RequestedAction
 
 metadata = MetaData(
     naming_convention={

@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import Select, case, select, update
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState, ReasonCode
-from service.store.clock import db_now
-from service.store.leases import give_back
-from service.store.records import JOB_COLUMNS, Job, job_from, move, status
-from service.store.tables import jobs, workers
-from service.store.workers import can_run
+from halfstep.service.contract.states import JobState, ReasonCode
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.leases import give_back
+from halfstep.service.store.records import JOB_COLUMNS, Job, job_from, move, status
+from halfstep.service.store.tables import jobs, workers
+from halfstep.service.store.workers import can_run
 
 # At most so many jobs in one transaction: their rows stay locked until its end.
 _BATCH = 100

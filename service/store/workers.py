@@ -10,10 +10,10 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Double, and_, bindparam, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound
-from service.store.clock import db_now
-from service.store.tables import workers
-from service.store.upsert import upsert
+from halfstep.service.errors import NotFound
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.tables import workers
+from halfstep.service.store.upsert import upsert
 
 _FORGET_SECONDS = 7 * 86400.0
 

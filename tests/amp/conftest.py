@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.amp import step
 from tests.amp.runs import OPTIMIZERS
-from worker.amp import step
 
 ENDINGS = ["in numbers", "in tensors"]
 

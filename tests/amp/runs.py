@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
-from worker.amp.telemetry import StepRow
+from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
+from halfstep.worker.amp.telemetry import StepRow
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
 from tests.amp.test_skipped_step import assert_identical, frozen_copy
-from worker.amp import MixedPrecisionConfig
 
 pytestmark = pytest.mark.usefixtures("ending")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.attribution import Tracer
 from tests.amp.runs import Recorded, make_batches
-from worker.amp import MixedPrecisionConfig
-from worker.amp.attribution import Tracer
 
 MODES: dict[str, dict[str, Any]] = {
     "automatic-fp16": {"precision_level": "fp16"},

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import SetupError
 from tests.amp.recordings import Recordings
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_mlp, make_norm_net
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import SetupError
 
 MEASURED = {
     "step_time_ms",
@@ -42,8 +42,8 @@ MODES: dict[str, dict[str, Any]] = {
 def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
     """The device's memory is not the host's, and its graphs are these."""
     stand_in = Recordings()
-    monkeypatch.setattr("worker.amp.step.host_sees", lambda _device: False)
-    monkeypatch.setattr("worker.amp.capture.graphs_for", lambda _device: stand_in)
+    monkeypatch.setattr("halfstep.worker.amp.step.host_sees", lambda _device: False)
+    monkeypatch.setattr("halfstep.worker.amp.capture.graphs_for", lambda _device: stand_in)
     return stand_in
 
 

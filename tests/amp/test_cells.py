@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from halfstep.service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import SetupError
 from tests.amp.runs import Recorded, make_batches
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import SetupError
 
 F32, F16, B16 = torch.float32, torch.float16, torch.bfloat16
 LOW = {"fp16": F16, "bf16": B16, "mixed": B16, "dynamic": B16}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.checkpointing import recompute_blocks
 from tests.amp.runs import Recorded, make_batches, make_mlp
-from worker.amp import MixedPrecisionConfig
-from worker.amp.checkpointing import recompute_blocks
 
 
 class Block(nn.Module):

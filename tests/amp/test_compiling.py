@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import SetupError
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import SetupError
 
 MODES: dict[str, dict[str, Any]] = {
     "automatic": {"precision_level": "bf16"},

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig, step
+from halfstep.worker.amp.telemetry import StepRow
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_norm_net
-from worker.amp import MixedPrecisionConfig, step
-from worker.amp.telemetry import StepRow
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"precision_level": "bf16"},

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils import data
 
-from worker.amp import (
+from halfstep.worker.amp import (
     MixedPrecisionConfig,
     MixedPrecisionMode,
     MixedPrecisionTrainer,

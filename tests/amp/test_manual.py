@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
-from worker.amp import MixedPrecisionConfig
 
 
 def start(level: str, optimizer: str = "adamw", model: nn.Module | None = None, **fields: Any) -> Recorded:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_mlp, make_norm_net
-from worker.amp import MixedPrecisionConfig
 
 pytestmark = pytest.mark.usefixtures("ending")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.amp import MixedPrecisionConfig, private
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_norm_net
-from worker.amp import MixedPrecisionConfig, private
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_a_torch_without_them_trains_the_same(
     replacement = wrong if failure == "wrong" else None
     proxy = Proxy({name: replacement})
     monkeypatch.setattr(private, "torch", proxy)
-    with caplog.at_level(logging.WARNING, logger="worker.amp.private"):
+    with caplog.at_level(logging.WARNING, logger="halfstep.worker.amp.private"):
         found = train()
     assert "using the slower public one" in caplog.text
     assert [(row.loss, row.scale) for row in found.rows] == [(row.loss, row.scale) for row in expected.rows]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.ring import RING_STEPS
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches
-from worker.amp import MixedPrecisionConfig
-from worker.amp.ring import RING_STEPS
 
 pytestmark = pytest.mark.usefixtures("ending")
 

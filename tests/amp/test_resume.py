@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import StateMismatchError
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_norm_net
 from tests.amp.test_capture import decided
 from tests.amp.test_skipped_step import assert_identical, frozen_copy
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import StateMismatchError
 
 pytestmark = pytest.mark.usefixtures("ending")
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.amp import MixedPrecisionConfig
-from worker.amp.scaling import EARLY_GROWTH_ROOM, EARLY_GROWTH_RUN, LossScale
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.scaling import EARLY_GROWTH_ROOM, EARLY_GROWTH_RUN, LossScale
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.incidents import WATCHED_STEPS
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp
-from worker.amp import MixedPrecisionConfig
-from worker.amp.incidents import WATCHED_STEPS
 
 pytestmark = pytest.mark.usefixtures("ending")
 

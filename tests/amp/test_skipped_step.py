@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import NonFiniteGradient, NonFiniteLoss, TooManySkips
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_norm_net
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import NonFiniteGradient, NonFiniteLoss, TooManySkips
 
 pytestmark = pytest.mark.usefixtures("ending")
 

@@ -10,21 +10,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import worker.amp
-from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
-from worker.amp import (
+import halfstep
+from halfstep.worker.amp import (
     MixedPrecisionConfig,
     MixedPrecisionMode,
     MixedPrecisionTrainer,
     PrecisionLevel,
     step,
 )
-from worker.amp.errors import SetupError, StepError
-from worker.amp.incidents import WATCHED_STEPS
+from halfstep.worker.amp.errors import SetupError, StepError
+from halfstep.worker.amp.incidents import WATCHED_STEPS
+from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
 
 
 def test_the_public_names_are_exactly_these() -> None:
-    assert worker.amp.__all__ == [
+    assert halfstep.__all__ == [
         "MixedPrecisionConfig",
         "MixedPrecisionManager",
         "MixedPrecisionMode",
@@ -32,7 +32,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "MixedPrecisionTrainer",
         "PrecisionLevel",
     ]
-    assert all(hasattr(worker.amp, name) for name in worker.amp.__all__)
+    assert all(hasattr(halfstep, name) for name in halfstep.__all__)
 
 
 def test_basic_usage() -> None:
@@ -318,7 +318,7 @@ def test_rows_are_delivered_once_in_order_with_their_own_figures() -> None:
 def test_log_lines_come_at_their_frequency(caplog: pytest.LogCaptureFixture) -> None:
     model = make_mlp()
     run = Recorded(MixedPrecisionConfig(logging_frequency=16), model, OPTIMIZERS["adamw"](model.parameters()))
-    with caplog.at_level(logging.INFO, logger="worker.amp"):
+    with caplog.at_level(logging.INFO, logger="halfstep.worker.amp"):
         run.run(make_batches(40))
     assert [record.args[0] for record in caplog.records if record.msg.startswith("Step")] == [16, 32]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.errors import NonFiniteLoss, TooManySkips
+from halfstep.worker.amp.memory import MemoryMonitor
 from tests.amp.runs import Batch, Recorded, make_batches, make_mlp
-from worker.amp import MixedPrecisionConfig
-from worker.amp.errors import NonFiniteLoss, TooManySkips
-from worker.amp.memory import MemoryMonitor
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from halfstep.worker.amp import MixedPrecisionConfig
 from tests.amp.runs import Recorded, make_batches
-from worker.amp import MixedPrecisionConfig
 
 
 def storage_rounding(gradients: list[torch.Tensor], scale: float) -> float:

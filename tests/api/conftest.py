@@ -9,13 +9,13 @@ import pytest
 import structlog
 from starlette.testclient import TestClient
 
-from service import queue
-from service.api import create_app
-from service.contract.metrics import LiveStats, StepMetrics
-from service.settings import Settings
-from service.storage import MODEL_FILE
-from service.store import components, jobs, metrics, workers
-from service.store.database import Database
+from halfstep.service import queue
+from halfstep.service.api import create_app
+from halfstep.service.contract.metrics import LiveStats, StepMetrics
+from halfstep.service.settings import Settings
+from halfstep.service.storage import MODEL_FILE
+from halfstep.service.store import components, jobs, metrics, workers
+from halfstep.service.store.database import Database
 from tests.databases import _migrated_file, _migrated_postgres, database, database_url
 
 from .catalogue import INFOS

@@ -8,13 +8,13 @@ import pytest
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from service.api import create_app
-from service.api.__main__ import refuse_open_door
-from service.api.door import KEEP_SECONDS, Caller, Door
-from service.errors import ConfigurationError
-from service.settings import Settings
-from service.store import components, keys
-from service.store.database import Database
+from halfstep.service.api import create_app
+from halfstep.service.api.__main__ import refuse_open_door
+from halfstep.service.api.door import KEEP_SECONDS, Caller, Door
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.settings import Settings
+from halfstep.service.store import components, keys
+from halfstep.service.store.database import Database
 
 from .catalogue import INFOS
 from .conftest import SPEC

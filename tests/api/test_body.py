@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.body import MAX_DEPTH, MAX_DIGITS, parse
-from service.api.problems import ProblemError
-from service.errors import InvalidRequest
+from halfstep.service.api.body import MAX_DEPTH, MAX_DIGITS, parse
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.errors import InvalidRequest
 
 
 def nested(depth: int) -> bytes:

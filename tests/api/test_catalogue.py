@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.api.catalogue import check_components, with_defaults
-from service.contract.spec import JobSpec
-from service.store.components import ComponentInfo
+from halfstep.service.api.catalogue import check_components, with_defaults
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.store.components import ComponentInfo
 
 from .catalogue import CATALOGUE
 

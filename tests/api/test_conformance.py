@@ -11,13 +11,13 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import ignored_auth, positive_data_acceptance
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from service.api import create_app
-from service.api.export import render
-from service.contract.spec import JobSpec
-from service.settings import Settings
-from service.store import components, jobs, keys, workers
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.api import create_app
+from halfstep.service.api.export import render
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.settings import Settings
+from halfstep.service.store import components, jobs, keys, workers
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 
 from .catalogue import INFOS
 from .conftest import CPU, SPEC, Trainer

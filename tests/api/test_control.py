@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.contract.states import JobState
-from service.store import jobs, keys
-from service.store.database import Database
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import jobs, keys
+from halfstep.service.store.database import Database
 
 from .conftest import SPEC, Trainer
 

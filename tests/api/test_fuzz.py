@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from service.api import create_app, examples
-from service.settings import Settings
-from service.store import components, workers
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.api import create_app, examples
+from halfstep.service.settings import Settings
+from halfstep.service.store import components, workers
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 from tests.databases import empty_database
 
 from .catalogue import INFOS

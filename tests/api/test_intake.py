@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from service import queue
-from service.api.body import JsonBody, parse
-from service.api.intake import Intake, Order, Taken
-from service.errors import InvalidRequest, StoreUnavailable
-from service.settings import Settings
-from service.store import components, jobs
-from service.store.components import ComponentInfo
-from service.store.database import Database
+from halfstep.service import queue
+from halfstep.service.api.body import JsonBody, parse
+from halfstep.service.api.intake import Intake, Order, Taken
+from halfstep.service.errors import InvalidRequest, StoreUnavailable
+from halfstep.service.settings import Settings
+from halfstep.service.store import components, jobs
+from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.database import Database
 
 from .catalogue import INFOS
 from .conftest import SPEC
@@ -113,7 +113,7 @@ def test_one_that_cannot_be_stored_fails_alone(
 def test_a_defect_that_one_body_meets_is_not_the_others(
     settings: Settings, database: Database, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.api import intake
+    from halfstep.service.api import intake
 
     read_spec = intake.read_spec
 

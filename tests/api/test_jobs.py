@@ -12,12 +12,12 @@ import pytest
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from service import queue
-from service.contract.states import JobState
-from service.errors import StoreUnavailable
-from service.settings import Settings
-from service.store import jobs, workers
-from service.store.database import Database
+from halfstep.service import queue
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs, workers
+from halfstep.service.store.database import Database
 
 from .conftest import CPU, SPEC, Trainer
 

@@ -15,16 +15,16 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.testclient import TestClient
 
-from service.api import create_app, examples, schemas
-from service.api.export import render
-from service.contract.spec import JobSpec, RetryRequest
-from service.settings import Settings
+from halfstep.service.api import create_app, examples, schemas
+from halfstep.service.api.export import render
+from halfstep.service.contract.spec import JobSpec, RetryRequest
+from halfstep.service.settings import Settings
 
 from .conftest import Trainer
 from .test_stream import parsed
 
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"
-REGENERATE = "python -m service.api.export docs/openapi.json"
+REGENERATE = "python -m halfstep.service.api.export docs/openapi.json"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
 
 def test_importing_the_api_leaves_torch_out() -> None:
     program = (
-        "import sys, service.api, service.api.__main__\n"
+        "import sys, halfstep.service.api, halfstep.service.api.__main__\n"
         "print([name for name in ('torch', 'numpy', 'worker') if name in sys.modules])"
     )
     found = subprocess.run(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.contract.metrics import METRIC_COLUMNS, Evaluation
-from service.store import events, jobs, metrics
-from service.store.database import Database
+from halfstep.service.contract.metrics import METRIC_COLUMNS, Evaluation
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
 
 from .conftest import Trainer
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.contract.metrics import FLAG_COLUMNS
-from service.store import metrics
-from service.store.database import Database
+from halfstep.service.contract.metrics import FLAG_COLUMNS
+from halfstep.service.store import metrics
+from halfstep.service.store.database import Database
 from tests.store.test_plots import brute_force
 
 from .conftest import LIVE, Trainer, step_row

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.api import create_app
-from service.contract.precision import MixedPrecisionMode
-from service.settings import Settings
-from service.store.database import Database
+from halfstep.service.api import create_app
+from halfstep.service.contract.precision import MixedPrecisionMode
+from halfstep.service.settings import Settings
+from halfstep.service.store.database import Database
 
 from .conftest import SPEC
 
@@ -174,7 +174,7 @@ def test_json_is_json_however_it_is_spelled(client: TestClient, content_type: st
 
 def test_a_mode_that_cannot_be_run_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     runnable = frozenset({MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING})
-    monkeypatch.setattr("service.api.validation.SUPPORTED_MODES", runnable)
+    monkeypatch.setattr("halfstep.service.api.validation.SUPPORTED_MODES", runnable)
     answer = post(client, with_raw("/precision/mode", '"adaptive"'))
     assert check_problem(answer, 422)["errors"] == [
         {
@@ -223,7 +223,7 @@ def test_a_defect_is_500_without_its_inside(
     def explode(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr("service.store.jobs.list_jobs", explode)
+    monkeypatch.setattr("halfstep.service.store.jobs.list_jobs", explode)
     with TestClient(create_app(settings, database), base_url="http://localhost", client=("::1", 1)) as client:
         assert check_problem(client.get("/jobs"), 500)["code"] == "internal_error"
 
@@ -251,7 +251,7 @@ def test_readiness_tells_the_parts(
         "schema": True,
         "broker": False,
     }
-    monkeypatch.setattr("service.queue.broker_reachable", lambda _settings: True)
+    monkeypatch.setattr("halfstep.service.queue.broker_reachable", lambda _settings: True)
     assert client.get("/health/ready").json()["status"] == "ready"
 
 

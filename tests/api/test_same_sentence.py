@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from service.contract.precision import REFUSED_CELLS, MixedPrecisionConfig
+from halfstep.service.contract.precision import REFUSED_CELLS, MixedPrecisionConfig
 
 from .conftest import SPEC
 

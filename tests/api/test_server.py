@@ -1,4 +1,4 @@
-"""`python -m service.api` as a process: starting, answering over a socket, refusing open doors, ending."""
+"""The API as a process: starting, answering over a socket, refusing to serve without a key, ending."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from service.store import components, keys, workers
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.store import components, keys, workers
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 
 from .catalogue import INFOS
 from .conftest import CPU, SPEC, Trainer
@@ -37,7 +37,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = (directory / "api.log").open("w+b")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service.api"],
+            [sys.executable, "-m", "halfstep.service.api"],
             cwd=ROOT,
             env={
                 **os.environ,

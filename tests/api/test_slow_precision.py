@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.store import components, workers
-from service.store.components import ComponentInfo
-from service.store.database import Database
+from halfstep.service.store import components, workers
+from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.database import Database
 
 from .conftest import CPU, SPEC
 

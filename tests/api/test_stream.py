@@ -13,14 +13,14 @@ from fastapi import FastAPI
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from service.api import event_stream, watch
-from service.api.context import Context
-from service.api.feed import Feed, Page, parse_token, token
-from service.errors import StoreUnavailable
-from service.store import events, jobs, keys, metrics
-from service.store.database import Database
-from service.store.following import News, Position
-from worker.reporting import Reporter
+from halfstep.service.api import event_stream, watch
+from halfstep.service.api.context import Context
+from halfstep.service.api.feed import Feed, Page, parse_token, token
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.store import events, jobs, keys, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.following import News, Position
+from halfstep.worker.reporting import Reporter
 
 from .conftest import LIVE, Trainer, step_row
 

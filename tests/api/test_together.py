@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 import structlog
 
-from service.api.together import Together
+from halfstep.service.api.together import Together
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.api.context import Context
-from service.api.problems import ProblemError
-from service.api.watch import JobWatcher
-from service.errors import StoreUnavailable
+from halfstep.service.api.context import Context
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.watch import JobWatcher
+from halfstep.service.errors import StoreUnavailable
 
 from .conftest import Trainer
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from service.cli.app import main
+from halfstep.service.cli.app import main
 from tests.cli.stub import Answer, Asked, Stub
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.cli import live
+from halfstep.service.cli import live
 from tests.cli.stub import Answer, Asked
 
 ID = "01a208d3-6485-7a26-8d7f-6d81f0290b39"
@@ -390,7 +390,7 @@ def test_interrupting_the_view_leaves_the_job(serve, halfstep, monkeypatch) -> N
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("service.cli.live.time.sleep", interrupted)
+    monkeypatch.setattr("halfstep.service.cli.live.time.sleep", interrupted)
     ran = halfstep("watch", ID)
     assert ran.code == 130
     assert f"halfstep cancel {ID}" in ran.out

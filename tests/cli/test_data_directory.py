@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service.cli import broker
-from service.cli.instance import LOCK_FILE, held
-from service.errors import ConfigurationError
+from halfstep.service.cli import broker
+from halfstep.service.cli.instance import LOCK_FILE, held
+from halfstep.service.errors import ConfigurationError
 
 
 def test_it_is_made_private(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
 
 def test_a_killed_holder_holds_no_more(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from service.cli.instance import held\n"
+        "import sys, time; from pathlib import Path; from halfstep.service.cli.instance import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.store import keys
-from service.store.database import Database
+from halfstep.service.store import keys
+from halfstep.service.store.database import Database
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from service.cli.live import LiveView, PlainLines, view_for
+from halfstep.service.cli.live import LiveView, PlainLines, view_for
 from tests.cli.test_client import JOB, STATS
 
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from service.cli.app import OWNERS
-from service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
-from service.settings import Settings
+from halfstep.service.cli.app import OWNERS
+from halfstep.service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
+from halfstep.service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_the_table_names_every_setting_and_its_default() -> None:
 
 def test_the_commands_it_names_exist() -> None:
     known = {name for names in OWNERS.values() for name in names}
-    named = set(re.findall(r"\bhalfstep ([a-z]+)\b", README))
+    named = set(re.findall(r"(?<!from )\bhalfstep ([a-z]+)\b", README))
     assert named <= known
     assert {"up", "submit", "watch", "keys", "migrate", "worker", "dispatch", "api"} <= named
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.cli.specfile import UnreadableSpec, read_spec
+from halfstep.service.cli.specfile import UnreadableSpec, read_spec
 
 SPEC = {"model": {"name": "mlp", "params": {"hidden": [512]}}, "dataset": {"name": "digits"}, "priority": -3}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.app import OWNERS, command_tree
-from service.cli.instance import held
+from halfstep.service.cli.app import OWNERS, command_tree
+from halfstep.service.cli.instance import held
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HALFSTEP_PORT", "0")
     # Whatever a test does to the settings by options must not outlive it.
     monkeypatch.setenv("HALFSTEP_HOST", "127.0.0.1")
-    monkeypatch.setattr("service.cli.parts._supervise", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("halfstep.service.cli.parts._supervise", lambda *_: pytest.fail("it was started"))
     return tmp_path
 
 
@@ -53,7 +53,7 @@ def test_a_data_directory_whose_path_is_too_long(place: Path, halfstep) -> None:
 
 
 def test_without_torch_the_remedy_is_named(place: Path, halfstep, monkeypatch) -> None:
-    monkeypatch.setattr("service.cli.parts.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("halfstep.service.cli.parts.importlib.util.find_spec", lambda name: None)
     ran = halfstep("up")
     assert ran.code == 1
     assert "halfstep[all]" in ran.err
@@ -73,7 +73,7 @@ def test_each_command_is_found_by_its_owner_alone() -> None:
 
 def test_client_commands_start_without_the_database_libraries() -> None:
     heavy = ("sqlalchemy", "alembic", "fastapi", "celery", "torch")
-    code = "import sys; from service.cli.app import command_tree; command_tree('stats')\n"
+    code = "import sys; from halfstep.service.cli.app import command_tree; command_tree('stats')\n"
     code += f"print([name for name in {heavy} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from service.contract.precision import (
+from halfstep.service.contract.precision import (
     DeviceCapability,
     MixedPrecisionConfig,
     MixedPrecisionMode,

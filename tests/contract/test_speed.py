@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from service.contract.precision import DeviceCapability, MixedPrecisionConfig, resolve
-from service.contract.speed import DtypeSpeed, SlowPrecision, slow_precision
+from halfstep.service.contract.precision import DeviceCapability, MixedPrecisionConfig, resolve
+from halfstep.service.contract.speed import DtypeSpeed, SlowPrecision, slow_precision
 
 CPU = DeviceCapability(device_type="cpu", bf16=True, fp16=True, name="cpu")
 

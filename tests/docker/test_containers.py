@@ -139,7 +139,7 @@ def test_secrets_are_made_once_and_fit_the_compose_file(tmp_path: Path) -> None:
 
 def test_the_broker_starts_with_the_password_that_compose_gives_it(tmp_path: Path) -> None:
     """The broker's own command line, under the embedded server."""
-    from service.cli.broker import server_binary
+    from halfstep.service.cli.broker import server_binary
 
     command = services(DOCKER / "compose.yaml")["broker"]["command"]
     password = tmp_path / "broker_password"
@@ -220,7 +220,10 @@ def build(dockerfile: Path, folder: Path) -> Image:
             for name in names:
                 if (ROOT / name).is_dir():
                     shutil.copytree(
-                        ROOT / name, source / target, ignore=shutil.ignore_patterns("__pycache__")
+                        ROOT / name,
+                        source / target,
+                        symlinks=True,
+                        ignore=shutil.ignore_patterns("__pycache__"),
                     )
                 else:
                     shutil.copy(ROOT / name, source / target)
@@ -250,7 +253,7 @@ def build(dockerfile: Path, folder: Path) -> Image:
 @pytest.mark.timeout(900)
 def test_the_api_image_serves_without_torch(tmp_path: Path) -> None:
     image = build(DOCKER / "Dockerfile.api", tmp_path)
-    for absent in ("torch", "numpy", "worker"):
+    for absent in ("torch", "numpy", "halfstep.worker"):
         assert not image.has(absent)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -297,9 +300,9 @@ def test_the_worker_image_has_what_a_worker_needs(tmp_path: Path) -> None:
     image = build(DOCKER / "Dockerfile.worker", tmp_path)
     assert image.command == ["worker"]
     assert "Run jobs on this machine's device" in image.run(*image.command, "--help")
-    for needed in ("torch", "sklearn", "safetensors", "worker.child", "worker.app"):
+    for needed in ("torch", "sklearn", "safetensors", "halfstep.worker.child", "halfstep.worker.app"):
         assert image.has(needed)
-    code = "import worker.app, worker.child, torch; print(torch.__version__.split('+')[0])"
+    code = "import halfstep.worker.app, halfstep.worker.child, torch; print(torch.__version__.split('+')[0])"
     ran = subprocess.run(
         [image.python, "-I", "-c", code], env=image.environment(), capture_output=True, text=True, check=False
     )

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from service.contract.precision import (
+from halfstep.service.contract.precision import (
     REFUSED_CELLS,
     MixedPrecisionConfig,
     MixedPrecisionMode,
     PrecisionLevel,
 )
-from service.contract.spec import JobSpec
+from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.amp.errors import SetupError
+from halfstep.worker.amp.supervision import QUIET_STEPS
 from tests.training.jobs import run
-from worker.amp.errors import SetupError
-from worker.amp.supervision import QUIET_STEPS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")

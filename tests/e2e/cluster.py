@@ -93,11 +93,11 @@ class Cluster:
         return process
 
     def start_api(self) -> None:
-        self.start("api", "service.api")
+        self.start("api", "halfstep.service.api")
         wait_for("the API answers", self._ready, 30)
 
     def start_worker(self, name: str, **settings: object) -> "subprocess.Popen[bytes]":
-        process = self.start(name, "worker.app", worker_name=name, **settings)
+        process = self.start(name, "halfstep.worker.app", worker_name=name, **settings)
         wait_for(
             f"{name} is registered", lambda: name in [w["name"] for w in self.get("/workers")["items"]], 60
         )

@@ -16,9 +16,9 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from service.store import jobs
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 from tests.databases import KINDS, empty_database
 from tests.e2e.cluster import ROOT, Cluster, wait_for
 from tests.e2e.conftest import own_redis
@@ -68,7 +68,7 @@ class Place:
 
     def start(self) -> None:
         self.cluster.start_api()
-        self.cluster.start("dispatch", "service.dispatch")
+        self.cluster.start("dispatch", "halfstep.service.dispatch")
         self.cluster.start_worker("worker")
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Place:
     def shell(self, commands: str, copy: Path) -> None:
         done = subprocess.run(
             ["sh", "-eu"],
-            input=f'halfstep() {{ "$PYTHON" -m service.cli "$@"; }}\n{commands}',
+            input=f'halfstep() {{ "$PYTHON" -m halfstep.service.cli "$@"; }}\n{commands}',
             env={**self.cluster.environment, "COPY": str(copy), "PYTHON": sys.executable},
             capture_output=True,
             text=True,
@@ -142,7 +142,7 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
     copy.mkdir()
     migrate(old.sql_url)
     made = subprocess.run(
-        [sys.executable, "-m", "service.cli", "keys", "create", "me"],
+        [sys.executable, "-m", "halfstep.service.cli", "keys", "create", "me"],
         env=old.cluster.environment,
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ def serving(tmp_path: Path, postgres_database: str, redis_url: str) -> Iterator[
     made = Cluster(tmp_path, postgres_database, redis_url)
     try:
         made.start_api()
-        made.start("dispatch", "service.dispatch")
+        made.start("dispatch", "halfstep.service.dispatch")
         yield made
     finally:
         made.stop()
@@ -70,9 +70,9 @@ def test_a_paused_job_frees_its_device_and_goes_on_as_if_it_had_not_been(serving
 GATED_MODEL = """
 import time
 from pathlib import Path
-from worker.training.components.mlp import MlpParameters, build_mlp
-from worker.training.components.registry import register_model
-from worker.training.data import InputKind, Task
+from halfstep.worker.training.components.mlp import MlpParameters, build_mlp
+from halfstep.worker.training.components.registry import register_model
+from halfstep.worker.training.data import InputKind, Task
 
 @register_model("gated", MlpParameters, summary="An mlp that is built once a file `open` is there.",
                 inputs=(InputKind.FEATURES,), tasks=(Task.CLASSIFICATION,))
@@ -138,7 +138,17 @@ def test_a_retry_goes_on_from_a_checkpoint_of_a_job_that_is_deleted(serving: Clu
     assert weights_sha256(serving, child) == expected
     target = tmp_path / "weights.safetensors"
     base = str(serving.client.base_url).rstrip("/")
-    command = [sys.executable, "-m", "service.cli", "download", child, "-o", str(target), "--url", base]
+    command = [
+        sys.executable,
+        "-m",
+        "halfstep.service.cli",
+        "download",
+        child,
+        "-o",
+        str(target),
+        "--url",
+        base,
+    ]
     subprocess.run(command, check=True, timeout=60)
     assert hashlib.sha256(target.read_bytes()).hexdigest() == expected
     assert safetensors.torch.load_file(target)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.store.schema import migrate
+from halfstep.service.store.schema import migrate
 from tests.e2e.cluster import Cluster, alive, children_of, wait_for
 from tests.e2e.test_installation import long_job
 
@@ -26,7 +26,7 @@ def serving(tmp_path: Path, file: Path, redis_url: str) -> Iterator[Cluster]:
     made = Cluster(tmp_path, f"sqlite:///{file}", redis_url)
     try:
         made.start_api()
-        made.start("dispatch", "service.dispatch")
+        made.start("dispatch", "halfstep.service.dispatch")
         made.start_worker("one")
         yield made
     finally:

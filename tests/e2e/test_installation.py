@@ -43,7 +43,7 @@ def cluster(tmp_path: Path, postgres_database: str, redis_url: str) -> Iterator[
 def serving(cluster: Cluster) -> Cluster:
     """With API and dispatcher up, and no worker yet."""
     cluster.start_api()
-    cluster.start("dispatch", "service.dispatch")
+    cluster.start("dispatch", "halfstep.service.dispatch")
     return cluster
 
 

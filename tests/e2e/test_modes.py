@@ -36,7 +36,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made = Cluster(folder, database, broker)
         try:
             made.start_api()
-            made.start("dispatch", "service.dispatch")
+            made.start("dispatch", "halfstep.service.dispatch")
             made.start_worker("one")
             yield made
         finally:

@@ -14,7 +14,7 @@ POISON = """
 import ctypes, os, signal, sys
 from typing import Literal
 from torch import nn
-from worker.training.components import InputKind, Parameters, Task, register_model
+from halfstep.worker.training.components import InputKind, Parameters, Task, register_model
 
 class PoisonParameters(Parameters):
     way: Literal["kill", "group", "segv", "exit"]
@@ -52,7 +52,7 @@ def serving(tmp_path: Path, postgres_database: str, redis_url: str) -> Iterator[
     made = Cluster(tmp_path, postgres_database, redis_url, component_modules='["poison"]')
     try:
         made.start_api()
-        made.start("dispatch", "service.dispatch")
+        made.start("dispatch", "halfstep.service.dispatch")
         yield made
     finally:
         made.stop()

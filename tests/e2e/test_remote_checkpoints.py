@@ -17,7 +17,7 @@ def serving(tmp_path: Path, postgres_database: str, redis_url: str) -> Iterator[
     made = Cluster(tmp_path, postgres_database, redis_url, checkpoint_url=f"file://{tmp_path / 'store'}")
     try:
         made.start_api()
-        made.start("dispatch", "service.dispatch")
+        made.start("dispatch", "halfstep.service.dispatch")
         yield made
     finally:
         made.stop()
@@ -56,7 +56,7 @@ def test_a_job_killed_on_one_host_goes_on_at_another_to_the_bit(serving: Cluster
     wait_for("its files go", lambda: not (tmp_path / "store" / "jobs" / job_id).exists(), 20)
 
 
-@pytest.mark.parametrize("part", ["worker.app", "service.api", "service.dispatch"])
+@pytest.mark.parametrize("part", ["halfstep.worker.app", "halfstep.service.api", "halfstep.service.dispatch"])
 def test_a_url_that_nothing_serves_is_told_at_the_start(tmp_path: Path, part: str) -> None:
     url = "nosuch://me:word@bucket/prefix"
     installation = Cluster(tmp_path, f"sqlite:///{tmp_path / 'none.db'}", "", checkpoint_url=url)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 from tests.databases import KINDS, empty_database
 from tests.e2e.cluster import ROOT, Cluster, wait_for
 from tests.faults import audit
@@ -99,9 +99,9 @@ def cluster(tmp_path: Path, database_url: str, redis_url: str) -> Iterator[Clust
         lease_seconds=30.0,
     )
     made.start_api()
-    made.start("dispatch", "service.dispatch")
+    made.start("dispatch", "halfstep.service.dispatch")
     for name in ("one", "two"):
-        made.start(name, "worker.app", worker_name=name)
+        made.start(name, "halfstep.worker.app", worker_name=name)
     try:
         yield made
     finally:
@@ -201,9 +201,9 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
     with submissions_going_on(client):
         wait_for("both train", lambda: len(cluster.get("/jobs", state="running")["items"]) == 2, 60)
         cluster.environment["PYTHONPATH"] = f"{later}:{ROOT}"
-        too_early = run(cluster, "service.dispatch")
+        too_early = run(cluster, "halfstep.service.dispatch")
         assert f"this version needs {revision}" in too_early.stderr + too_early.stdout
-        migrated = run(cluster, "service.cli", "migrate")
+        migrated = run(cluster, "halfstep.service.cli", "migrate")
         assert migrated.returncode == 0, migrated.stderr
         assert revision_of(database) == revision
 
@@ -211,7 +211,7 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
         assert cluster.client.get("/health/ready").status_code == 200
         later_environment, cluster.environment = cluster.environment, earlier
         end(cluster, "dispatch")
-        cluster.start("dispatch", "service.dispatch")
+        cluster.start("dispatch", "halfstep.service.dispatch")
         log = tmp_path / "dispatch.log"
         wait_for("the earlier dispatcher is back", lambda: log.read_text().count("dispatcher ready") == 2, 60)
         cluster.environment = later_environment
@@ -219,12 +219,12 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
         end(cluster, "api")
         cluster.start_api()
         end(cluster, "dispatch")
-        cluster.start("dispatch", "service.dispatch")
+        cluster.start("dispatch", "halfstep.service.dispatch")
         for name in ("one", "two"):
             wait_for(f"{name} trains", lambda name=name: in_the_middle_of_a_job(cluster, name), 60)
             drains[name] = end(cluster, name)
             wait_for(f"{name} is gone", lambda name=name: not registered(cluster, name), 30)
-            cluster.start(name, "worker.app", worker_name=f"new-{name}")
+            cluster.start(name, "halfstep.worker.app", worker_name=f"new-{name}")
             wait_for(f"new-{name} is registered", lambda name=name: registered(cluster, f"new-{name}"), 90)
     told = ", ".join(f"{name} in {seconds:.2f} s" for name, seconds in drains.items())
     print(f"drained: {told}")

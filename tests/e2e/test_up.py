@@ -30,7 +30,7 @@ class Up:
         self.log = folder / "up.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "up"],
+                [sys.executable, "-m", "halfstep.service.cli", "up"],
                 env=environment,
                 cwd=folder,
                 stdout=log,
@@ -98,7 +98,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_the_job_goes_on_later(up: Up, 
 def test_a_second_one_on_the_same_data_is_refused(up: Up) -> None:
     environment = {**up.cluster.environment, "HALFSTEP_PORT": str(free_port())}
     second = subprocess.run(
-        [sys.executable, "-m", "service.cli", "up"],
+        [sys.executable, "-m", "halfstep.service.cli", "up"],
         env=environment,
         capture_output=True,
         timeout=60,

@@ -9,13 +9,13 @@ from pathlib import Path
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import METRIC_COLUMNS
-from service.store import jobs, metrics
-from service.store.database import Database
+from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.worker.training import restoring
+from halfstep.worker.training.checkpoint import CheckpointRef
+from halfstep.worker.training.errors import CheckpointDamaged
 from tests.faults.checker import Change, Evidence, Reference, Request, Saved, Seen
-from worker.training import restoring
-from worker.training.checkpoint import CheckpointRef
-from worker.training.errors import CheckpointDamaged
 
 _COLUMNS = "at, job_id, kind, old, new, old_fence, fence, writer, lease_until"
 _TYPES = (

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from service.contract.metrics import METRIC_COLUMNS
-from service.contract.states import LEASED, TERMINAL, TRANSITIONS, JobState
+from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.contract.states import LEASED, TERMINAL, TRANSITIONS, JobState
 
 # What a step decides; the rest of a row are times and bytes of the process that took it.
 EXACT = [name for name in METRIC_COLUMNS if not name.startswith("memory") and name != "step_time_ms"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from worker.training.components.parameters import Count, NonNegative, Parameters, Share, Width
-from worker.training.components.registry import register_model
-from worker.training.data import DataInfo, InputKind, Task
+from halfstep.worker.training.components.parameters import Count, NonNegative, Parameters, Share, Width
+from halfstep.worker.training.components.registry import register_model
+from halfstep.worker.training.data import DataInfo, InputKind, Task
 
 
 class PacedParameters(Parameters):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from service.store import jobs
+from halfstep.service.store import jobs
 from tests.faults.injecting import Fault, Injecting
 from tests.faults.processes import send
 from tests.faults.variants import SAVE_EVERY

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.store import jobs
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import jobs
 from tests.faults.checker import Change
 from tests.faults.client import Client
 from tests.faults.installation import Installation

@@ -8,8 +8,8 @@ import threading
 import time
 from functools import partial
 
-from service.contract.states import JobState
-from service.store import jobs
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import jobs
 from tests.faults.client import Client
 from tests.faults.disk_faults import DiskFaults
 from tests.faults.injecting import Fault, newest

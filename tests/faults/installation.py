@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.errors import StoreUnavailable
-from service.faultpoints import HITS, VARIABLE
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.faultpoints import HITS, VARIABLE
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 from tests.e2e.cluster import Cluster, children_of
 from tests.faults import audit
 from tests.faults.proxy import Proxy
@@ -73,9 +73,9 @@ class Installation:
     def start(self, *, dispatcher: bool = True) -> None:
         self.cluster.start_api()
         if dispatcher:
-            self.cluster.start("dispatch", "service.dispatch")
+            self.cluster.start("dispatch", "halfstep.service.dispatch")
         for name in self.workers:
-            self.cluster.start(name, "worker.app", worker_name=name)
+            self.cluster.start(name, "halfstep.worker.app", worker_name=name)
         for name in self.workers:
             self.cluster_wait_registered(name)
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -109,7 +109,7 @@ class Installation:
             before = dict(self.cluster.environment)
             self.cluster.environment.update(environment)
             try:
-                self.cluster.start(worker, "worker.app", worker_name=worker)
+                self.cluster.start(worker, "halfstep.worker.app", worker_name=worker)
             finally:
                 self.cluster.environment = before
 
@@ -186,14 +186,14 @@ class Installation:
                 self.postgres.remove()
 
     def _keep(self) -> None:
-        modules = {"api": "service.api", "dispatch": "service.dispatch"}
+        modules = {"api": "halfstep.service.api", "dispatch": "halfstep.service.dispatch"}
         while not self._over.wait(0.1):
             with self._starting:
                 for name, process in list(self.cluster.processes.items()):
                     if process.poll() is not None and not self._over.is_set():
                         self.restarts += 1
                         settings = {"worker_name": name} if name in self.workers else {}
-                        self.cluster.start(name, modules.get(name, "worker.app"), **settings)
+                        self.cluster.start(name, modules.get(name, "halfstep.worker.app"), **settings)
 
 
 def _started(pid: int) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.e2e.cluster import ROOT
 
-CARRIED = ("service", "worker", "migrations", "tests", "pyproject.toml")
+CARRIED = ("src", "service", "worker", "migrations", "tests", "pyproject.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,10 @@ def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: i
         tree.chmod(0o711)  # the run's folders go below it, and PostgreSQL may run as another user
         for each in CARRIED:
             source = ROOT / each
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, tree / each)
+            if source.is_dir():
+                shutil.copytree(source, tree / each, symlinks=True)
+            else:
+                shutil.copy(source, tree / each)
         for file, text in patched(mutant, tree).items() if mutant is not None else ():
             file.write_text(text, encoding="utf-8")
         only = [argument for fault in faults for argument in ("--only", fault)]
@@ -144,7 +146,7 @@ def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: i
                 *only,
             ],
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree), "TMPDIR": name},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree))), "TMPDIR": name},
             capture_output=True,
             text=True,
             check=False,

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from service.contract.states import TERMINAL
-from service.store import jobs, workers
+from halfstep.service.contract.states import TERMINAL
+from halfstep.service.store import jobs, workers
 from tests.faults import audit
 from tests.faults.checker import Change, Violation, check
 from tests.faults.installation import LEASE_SECONDS, Installation

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from service.faultpoints import HITS, VARIABLE
-from worker import reporting
+from halfstep.service.faultpoints import HITS, VARIABLE
+from halfstep.worker import reporting
 
 # A file is known by its inode and when it was last written: the inode of a removed file is soon another's.
 Known = tuple[int, int]

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from service.contract.states import TERMINAL
-from service.store import jobs
+from halfstep.service.contract.states import TERMINAL
+from halfstep.service.store import jobs
 from tests.faults import audit
 from tests.faults.checker import Evidence, Reference, Violation, check
 from tests.faults.client import Client

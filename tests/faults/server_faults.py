@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from celery import Celery
 
-from service.queue import RUN_JOB, make_celery
+from halfstep.service.queue import RUN_JOB, make_celery
 from tests.faults.injecting import Fault, Injecting, newest
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service.store import jobs, metrics
-from service.store.database import Database
-from service.store.schema import migrate
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import migrate
 from tests.e2e.cluster import ROOT
 from tests.faults import audit
 from tests.faults.checker import Change

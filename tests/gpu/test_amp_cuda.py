@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from halfstep.service.contract.precision import MixedPrecisionMode, PrecisionLevel
+from halfstep.worker.amp import MixedPrecisionConfig
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
 from tests.amp.test_cells import REFUSED, Net, Seen
 from tests.amp.test_parity import assert_same_run
-from worker.amp import MixedPrecisionConfig
 
 pytestmark = [
     pytest.mark.gpu,

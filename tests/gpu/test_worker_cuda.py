@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from halfstep.worker.training import speed
+from halfstep.worker.training.capability import probe
 from tests.e2e.cluster import ROOT
-from worker.training import speed
-from worker.training.capability import probe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 
 WAITING = """
 import ctypes
-from worker import job
+from halfstep.worker import job
 
 job.prepare(probe=False)
 import torch
@@ -34,7 +34,7 @@ assert active.value == 0, "a context exists"
 
 
 def test_a_waiting_process_has_no_context(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HALFSTEP_DATA_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HALFSTEP_DATA_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", WAITING], check=True, timeout=180, env=environment, cwd=tmp_path)
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from service import dispatch, storage
-from service.contract.spec import JobSpec
-from service.contract.states import JobState
-from service.errors import StaleFence
-from service.settings import Settings
-from service.store import jobs, metrics, retries
-from service.store.database import Database
-from service.store.tables import jobs as job_rows
-from service.store.workers import Capability
+from halfstep.service import dispatch, storage
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import StaleFence
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs, metrics, retries
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import jobs as job_rows
+from halfstep.service.store.workers import Capability
 from tests.store.making import LIVE, running, steps
 from tests.stores import Store, store_in
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from service import faultpoints
-from service.faultpoints import HITS, VARIABLE, _armed, _off
+from halfstep.service import faultpoints
+from halfstep.service.faultpoints import HITS, VARIABLE, _armed, _off
 
 
 def plan(directory: Path, name: str, action: str, *, skip: int = 0, times: int = 1) -> None:
@@ -47,7 +47,7 @@ def test_a_plan_is_carried_out_when_its_turn_comes_and_then_gone(tmp_path: Path)
 def test_an_armed_process_is_killed_on_the_spot(tmp_path: Path) -> None:
     """By the variable alone, and once: the next process comes through."""
     plan(tmp_path, "place", "kill")
-    code = "from service.faultpoints import reach as r; print(1, flush=True); r('place'); print(2)"
+    code = "from halfstep.service.faultpoints import reach as r; print(1, flush=True); r('place'); print(2)"
     environment = {**os.environ, VARIABLE: str(tmp_path)}
     first, second = (
         subprocess.run(

@@ -11,8 +11,8 @@ import kombu
 import pytest
 import redis
 
-from service.queue import QUEUE, RUN_JOB, broker_reachable, enqueue, make_celery
-from service.settings import Settings
+from halfstep.service.queue import QUEUE, RUN_JOB, broker_reachable, enqueue, make_celery
+from halfstep.service.settings import Settings
 from tests.e2e.conftest import redis_url  # noqa: F401 - a fixture
 
 LIMIT_SECONDS = 3.0  # half a second by design; the rest is a loaded machine's
@@ -92,7 +92,7 @@ def test_a_broker_that_comes_back_is_used_again(
     redis_url: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.queue.BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("halfstep.service.queue.BACKOFF_SECONDS", 0.0)
     settings = Settings(data_dir=tmp_path, broker_url=redis_url)
     assert enqueue(settings, "a")
     client = redis.Redis.from_url(redis_url)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from service.errors import Conflict, InvalidRequest, NotFound, StaleFence
+from halfstep.service.errors import Conflict, InvalidRequest, NotFound, StaleFence
 
 # Written out once more, so that an edge added to the product by mistake is not thereby allowed.
 EDGES = {

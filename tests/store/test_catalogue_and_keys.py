@@ -6,11 +6,11 @@ import time
 import pytest
 from sqlalchemy import select
 
-from service.errors import InvalidRequest, NotFound
-from service.store import components, keys
-from service.store.components import ComponentInfo
-from service.store.database import Database
-from service.store.tables import api_keys
+from halfstep.service.errors import InvalidRequest, NotFound
+from halfstep.service.store import components, keys
+from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import api_keys
 
 MLP = ComponentInfo("model", "mlp", "Layers of units.", {"type": "object"}, {})
 DIGITS = ComponentInfo("dataset", "digits", "Real digits.", {"type": "object"}, {"task": "classification"})

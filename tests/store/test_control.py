@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from service.contract.states import JobState, RequestedAction
-from service.errors import Conflict, NotFound
-from service.store import events, jobs
-from service.store.database import Database
+from halfstep.service.contract.states import JobState, RequestedAction
+from halfstep.service.errors import Conflict, NotFound
+from halfstep.service.store import events, jobs
+from halfstep.service.store.database import Database
 from tests.store.making import CPU, claimed, running, state_of, submitted
 from tests.store.test_lifecycle import _put_into
 

@@ -10,11 +10,11 @@ from sqlalchemy import event, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, OperationalError
 from sqlalchemy.orm import Session
 
-from service.errors import StoreUnavailable
-from service.settings import Settings
-from service.store import jobs, metrics
-from service.store.database import Database, connect, is_transient
-from service.store.tables import jobs as job_rows
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database, connect, is_transient
+from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import LIVE, running, spec, steps, submitted
 
 

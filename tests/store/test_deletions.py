@@ -9,17 +9,17 @@ import pytest
 from alembic import command
 from sqlalchemy import Engine, Table, event, func, select, text, update
 
-from service import dispatch
-from service.contract.states import JobState
-from service.errors import NotFound
-from service.settings import Settings
-from service.store import deletions, events, jobs, metrics, schema
-from service.store.database import Database, driver_url, make_engine
-from service.store.jobs import Job
-from service.store.schema import check_current, migrate
-from service.store.tables import deletions as deletion_rows
-from service.store.tables import job_events, metric_chunks, metric_rollups
-from service.store.tables import jobs as job_rows
+from halfstep.service import dispatch
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import NotFound
+from halfstep.service.settings import Settings
+from halfstep.service.store import deletions, events, jobs, metrics, schema
+from halfstep.service.store.database import Database, driver_url, make_engine
+from halfstep.service.store.jobs import Job
+from halfstep.service.store.schema import check_current, migrate
+from halfstep.service.store.tables import deletions as deletion_rows
+from halfstep.service.store.tables import job_events, metric_chunks, metric_rollups
+from halfstep.service.store.tables import jobs as job_rows
 from tests.databases import KINDS, empty_database
 from tests.store.making import LIVE, running, step, steps, submitted
 from tests.store.test_plots import small_grid

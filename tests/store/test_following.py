@@ -6,11 +6,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from service.contract.states import JobState
-from service.errors import NotFound
-from service.store import events, jobs, metrics
-from service.store.database import Database
-from service.store.following import News, Position, news, standing
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import NotFound
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.following import News, Position, news, standing
 
 from .making import BROKEN, LIVE, claimed, running, step, submitted
 

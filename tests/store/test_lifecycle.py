@@ -9,13 +9,13 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
-from service.errors import Conflict, InvalidRequest, NotFound, StaleFence
-from service.store import events, jobs, metrics
-from service.store.database import Database
-from service.store.records import move
-from service.store.tables import job_stats, job_transitions
-from service.store.tables import jobs as job_rows
+from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
+from halfstep.service.errors import Conflict, InvalidRequest, NotFound, StaleFence
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.records import move
+from halfstep.service.store.tables import job_stats, job_transitions
+from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import BROKEN, CPU, LIVE, claimed, running, spec, state_of, steps, submitted
 
 PAIRS = list(itertools.product(JobState, JobState))

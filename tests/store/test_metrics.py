@@ -11,19 +11,19 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from service.contract.metrics import (
+from halfstep.service.contract.metrics import (
     COMPUTE_DTYPES,
     FLAG_COLUMNS,
     METRIC_COLUMNS,
     Evaluation,
     StepMetrics,
 )
-from service.contract.states import JobState
-from service.errors import Conflict, InvalidRequest, NotFound, StaleFence
-from service.store import events, jobs, metrics, record_rows
-from service.store.chunks import CHUNK_STEPS
-from service.store.database import Database
-from service.store.tables import metric_chunks
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import Conflict, InvalidRequest, NotFound, StaleFence
+from halfstep.service.store import events, jobs, metrics, record_rows
+from halfstep.service.store.chunks import CHUNK_STEPS
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import metric_chunks
 from tests.store.making import LIVE, claimed, running, step, steps, submitted
 
 FLOATS = ("loss", "scale", "underflow_estimate", "grad_norm", "learning_rate", "memory_usage", "step_time_ms")

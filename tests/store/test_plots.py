@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, func, insert, select, update
 
-from service.contract.metrics import COMPUTE_DTYPES, FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
-from service.contract.states import JobState
-from service.store import chunks, jobs, metrics, record_rows, rollups
-from service.store.database import Database
-from service.store.tables import job_stats, metric_chunks, metric_rollups
-from service.store.totals import Totals
+from halfstep.service.contract.metrics import COMPUTE_DTYPES, FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import chunks, jobs, metrics, record_rows, rollups
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import job_stats, metric_chunks, metric_rollups
+from halfstep.service.store.totals import Totals
 from tests.store.making import LIVE, claimed, running, step, steps
 from tests.store.test_metrics import any_row, exact, numbered
 

@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from service.contract.states import JobState
-from service.errors import Conflict, StaleFence
-from service.store import events, jobs, metrics
-from service.store.database import Database
-from service.store.records import lock_fenced
-from service.store.tables import jobs as job_rows
+from halfstep.service.contract.states import JobState
+from halfstep.service.errors import Conflict, StaleFence
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.records import lock_fenced
+from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import CPU, LIVE, claimed, running, spec, state_of, steps, submitted
 
 T = TypeVar("T")

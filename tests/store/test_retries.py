@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from service.contract.metrics import METRIC_COLUMNS
-from service.contract.states import TERMINAL, JobState
-from service.errors import Conflict, InvalidRequest, NotFound
-from service.store import jobs, metrics, retries
-from service.store.database import Database
+from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.contract.states import TERMINAL, JobState
+from halfstep.service.errors import Conflict, InvalidRequest, NotFound
+from halfstep.service.store import jobs, metrics, retries
+from halfstep.service.store.database import Database
 from tests.store.making import BROKEN, LIVE, claimed, running, steps, submitted
 from tests.store.test_lifecycle import _put_into
 

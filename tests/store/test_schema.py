@@ -11,11 +11,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
-from service.errors import ConfigurationError
-from service.store import schema
-from service.store.database import Database
-from service.store.schema import check_current, migrate
-from service.store.tables import metadata
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.store import schema
+from halfstep.service.store.database import Database
+from halfstep.service.store.schema import check_current, migrate
+from halfstep.service.store.tables import metadata
 from tests.databases import KINDS, empty_database
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,8 @@ def test_a_newer_schema_since_one_that_is_known_is_run_on_and_left_alone(empty_u
 
 def test_processes_that_migrate_at_once_all_succeed(empty_url: str) -> None:
     program = (
-        "import sys; from service.store.schema import migrate; sys.stdin.readline(); migrate(sys.argv[1])"
+        "import sys; from halfstep.service.store.schema import migrate; "
+        "sys.stdin.readline(); migrate(sys.argv[1])"
     )
     command = [sys.executable, "-W", "error", "-c", program, empty_url]
     running = [

@@ -1,8 +1,8 @@
 """Jobs of equal steps side by side: what one writes, cuts or inherits never touches another one's record."""
 
-from service.contract.metrics import StepMetrics
-from service.store import jobs, metrics
-from service.store.database import Database
+from halfstep.service.contract.metrics import StepMetrics
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database
 from tests.store.making import LIVE, claimed, running, steps
 from tests.store.test_metrics import assert_equal
 from tests.store.test_plots import assert_complete, assert_exact, small_grid

@@ -20,14 +20,14 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, func, select, update
 
-from service.contract.states import TRANSITIONS, JobState
-from service.errors import HalfstepError
-from service.store import events, jobs, metrics
-from service.store.clock import db_now
-from service.store.database import Database
-from service.store.tables import checkpoints as checkpoint_rows
-from service.store.tables import job_events, job_stats, job_transitions
-from service.store.tables import jobs as job_rows
+from halfstep.service.contract.states import TRANSITIONS, JobState
+from halfstep.service.errors import HalfstepError
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.clock import db_now
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import checkpoints as checkpoint_rows
+from halfstep.service.store.tables import job_events, job_stats, job_transitions
+from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import BROKEN, CPU, LIVE, spec, steps
 from tests.store.model import EDGES, LEASED, TERMINAL, Hold, Model, violations
 

@@ -6,11 +6,11 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.errors import InvalidRequest, NotFound
-from service.store import events, jobs, metrics
-from service.store.database import Database
-from service.store.jobs import NewJob, Submitted
-from service.store.submissions import Beginning
+from halfstep.service.errors import InvalidRequest, NotFound
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.service.store.jobs import NewJob, Submitted
+from halfstep.service.store.submissions import Beginning
 
 from .making import spec, submitted
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import update
 
-from service.contract.states import JobState, ReasonCode
-from service.errors import NotFound, StaleFence
-from service.store import jobs, workers
-from service.store.database import Database
-from service.store.tables import jobs as job_rows
-from service.store.tables import workers as worker_rows
+from halfstep.service.contract.states import JobState, ReasonCode
+from halfstep.service.errors import NotFound, StaleFence
+from halfstep.service.store import jobs, workers
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import jobs as job_rows
+from halfstep.service.store.tables import workers as worker_rows
 from tests.store.making import CPU, claimed, running, spec, state_of, submitted
 
 GPU = replace(CPU, device_type="cuda", bf16=False, memory_bytes=16 * 2**30, device_name="T4")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from service.mirror import Mirror
+from halfstep.service.mirror import Mirror
+from halfstep.worker.training import checkpoint
+from halfstep.worker.training.checkpoint import CheckpointRef, Payload
+from halfstep.worker.training.restoring import load
 from tests.stores import Store, store_in
 from tests.training.test_checkpoint import payload
-from worker.training import checkpoint
-from worker.training.checkpoint import CheckpointRef, Payload
-from worker.training.restoring import load
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from service.contract.spec import JobSpec
-from service.mirror import Mirror
-from worker.training import checkpoint
-from worker.training.checkpoint import CheckpointInfo, CheckpointRef
-from worker.training.loop import Outcome, RunConfig, StopRequest, train
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.mirror import Mirror
+from halfstep.worker.training import checkpoint
+from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.worker.training.loop import Outcome, RunConfig, StopRequest, train
 
 
 def job(**blocks: Any) -> JobSpec:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from worker.training import capability, speed, warmup
+from halfstep.worker.training import capability, speed, warmup
 
 
 def test_the_probe_fits_the_workers_record() -> None:
@@ -41,8 +41,8 @@ def test_after_the_warm_up_a_job_imports_nothing_of_torch() -> None:
 import sys, tempfile
 from pathlib import Path
 from tests.training.jobs import job, run
-from worker.training import warmup
-from worker.training.loop import StopRequest
+from halfstep.worker.training import warmup
+from halfstep.worker.training.loop import StopRequest
 warmup.take_a_step()
 before = {name for name in sys.modules if name.split(".")[0] == "torch"}
 assert "torch._dynamo" in before

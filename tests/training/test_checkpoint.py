@@ -7,15 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from worker.training import checkpoint
-from worker.training.checkpoint import (
+from halfstep.worker.training import checkpoint
+from halfstep.worker.training.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
     CheckpointInfo,
     Payload,
 )
-from worker.training.restoring import load
+from halfstep.worker.training.restoring import load
 
 
 def payload(value: float = 1.0) -> Payload:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from service.contract.precision import DeviceCapability
-from tests.training.jobs import Recorder, job, run
-from worker.training.components import (
+from halfstep.service.contract.precision import DeviceCapability
+from halfstep.worker.training.components import (
     DataInfo,
     InputKind,
     NoParameters,
@@ -20,7 +19,8 @@ from worker.training.components import (
     register_model,
     registry,
 )
-from worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
+from halfstep.worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
+from tests.training.jobs import Recorder, job, run
 
 GPT = {"name": "gpt", "params": {"layers": 1, "heads": 1, "width": 8, "context": 8}}
 REGRESSION = {"name": "synthetic", "params": {"task": "regression", "samples": 64}}
@@ -89,7 +89,7 @@ def test_a_misfit_of_data_is_a_data_error(tmp_path: Path) -> None:
 
 def test_the_precision_must_fit_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_bf16 = DeviceCapability(device_type="cpu", bf16=False, name="an old machine")
-    monkeypatch.setattr("worker.amp.manager.capability_of", lambda _device: without_bf16)
+    monkeypatch.setattr("halfstep.worker.amp.manager.capability_of", lambda _device: without_bf16)
     with pytest.raises(InvalidComponent, match="'an old machine' has no native BF16") as failure:
         run(job(precision={"precision_level": "bf16"}), tmp_path)
     assert failure.value.detail["pointer"] == "/precision"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from worker.training import components
-from worker.training.components import (
+from halfstep.worker.training import components
+from halfstep.worker.training.components import (
     Component,
     DataInfo,
     InputKind,
@@ -27,7 +27,7 @@ from worker.training.components import (
     register_loss,
     registry,
 )
-from worker.training.errors import InvalidComponent
+from halfstep.worker.training.errors import InvalidComponent
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "step_lr": {"step_size": 2},
@@ -212,7 +212,7 @@ def test_parameters_must_refuse_unknown_names() -> None:
 
 
 MODULE = """
-from worker.training.components import NoParameters, Task, register_loss
+from halfstep.worker.training.components import NoParameters, Task, register_loss
 @register_loss("{name}", NoParameters, summary="From a package.", tasks=(Task.REGRESSION,))
 def build(_parameters, _data):
     return lambda output, target: (output - target).abs().mean()

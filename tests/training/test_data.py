@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.training.batches import Batches, Plan, Position
-from worker.training.components import (
+from halfstep.worker.training.batches import Batches, Plan, Position
+from halfstep.worker.training.components import (
     DataRequest,
     Dataset,
     InputKind,
@@ -23,8 +23,8 @@ from worker.training.components import (
     digits,
     find,
 )
-from worker.training.data import epoch_order
-from worker.training.errors import DataError
+from halfstep.worker.training.data import epoch_order
+from halfstep.worker.training.errors import DataError
 
 CPU = torch.device("cpu")
 

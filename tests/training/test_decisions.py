@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from service.contract.spec import JobSpec
+from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.amp.memory import MemoryMonitor
 from tests.training.jobs import Recorder, job, run
-from worker.amp.memory import MemoryMonitor
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_decision_is_told_before_the_step_that_it_changes(tmp_path: Path, peak
 
     run_step = [0]
     recorder.event = told  # type: ignore[method-assign]
-    from worker.amp import MixedPrecisionTrainer
+    from halfstep.worker.amp import MixedPrecisionTrainer
 
     train_group = MixedPrecisionTrainer.train_group
 

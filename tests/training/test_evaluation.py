@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from halfstep.worker.training import evaluation as module
+from halfstep.worker.training.components import DataInfo, Dataset, InputKind, Task, TensorSplit
+from halfstep.worker.training.evaluation import evaluate
+from halfstep.worker.training.loop import StopRequest
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
-from worker.training import evaluation as module
-from worker.training.components import DataInfo, Dataset, InputKind, Task, TensorSplit
-from worker.training.evaluation import evaluate
-from worker.training.loop import StopRequest
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,8 @@ def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
     spec = job(**WITH_STATE, dataset=data, training={"evaluate_every_steps": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "worker.training.components.synthetic.Dataset", lambda **kw: Dataset(**kw | {"held_out": split})
+            "halfstep.worker.training.components.synthetic.Dataset",
+            lambda **kw: Dataset(**kw | {"held_out": split}),
         )
         run(spec, tmp_path / "with", recorder)
     assert [e.step for e in recorder.evaluations] == list(range(1, 13))
@@ -126,7 +127,7 @@ def test_generators_and_modes_are_as_before(tmp_path: Path, monkeypatch: pytest.
         )
         return result
 
-    monkeypatch.setattr("worker.training.run.evaluate", watched)
+    monkeypatch.setattr("halfstep.worker.training.run.evaluate", watched)
     run(job(**WITH_STATE), tmp_path)
     assert states == [True, True, True]
 

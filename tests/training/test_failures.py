@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from service.contract.states import ReasonCode
+from halfstep.service.contract.states import ReasonCode
+from halfstep.worker.training.components import InputKind, Kind, NoParameters, Task, register_model, registry
+from halfstep.worker.training.errors import ComponentFailed, DataError, NonFinite, OutOfMemory
+from halfstep.worker.training.loop import StopRequest
 from tests.training.jobs import Recorder, job, run, same_numbers
-from worker.training.components import InputKind, Kind, NoParameters, Task, register_model, registry
-from worker.training.errors import ComponentFailed, DataError, NonFinite, OutOfMemory
-from worker.training.loop import StopRequest
 
 
 class Failing(nn.Module):
@@ -107,7 +107,7 @@ def test_an_operation_without_a_deterministic_kernel(tmp_path: Path, failing_job
 
 
 def test_a_dataset_that_fails_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.training.data import TensorSplit
+    from halfstep.worker.training.data import TensorSplit
 
     batch = TensorSplit.batch
     calls = 0

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.training.loop import StopRequest
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
-from worker.training.loop import StopRequest
 
 COMPILED: dict[str, Any] = {"deterministic": False, "compile": "default"}
 

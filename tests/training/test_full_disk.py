@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from halfstep.worker.training.errors import StorageFailed
+from halfstep.worker.training.restoring import load
 from tests.training.jobs import job, run, same_numbers, weights_sha256
 from tests.training.test_checkpoint import saved
-from worker.training.errors import StorageFailed
-from worker.training.restoring import load
 
 # Stage → what is called there, and which of its calls belongs to it. A checkpoint is three files, each
 # written, synced and renamed, and three syncs of directories.

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.training import restoring
+from halfstep.worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
+from halfstep.worker.training.errors import CheckpointDamaged
+from halfstep.worker.training.restoring import load
 from tests.training.conftest import Place
 from tests.training.test_checkpoint import saved
-from worker.training import restoring
-from worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
-from worker.training.errors import CheckpointDamaged
-from worker.training.restoring import load
 
 
 def agreeing(ref: CheckpointRef, **changes: Any) -> CheckpointRef:

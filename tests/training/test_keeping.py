@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.contract.metrics import Evaluation
+from halfstep.service.contract.metrics import Evaluation
+from halfstep.worker.training import run as run_module
+from halfstep.worker.training.checkpoint import CheckpointRef, retained
+from halfstep.worker.training.restoring import load
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
-from worker.training import run as run_module
-from worker.training.checkpoint import CheckpointRef, retained
-from worker.training.restoring import load
 
 
 def ref(step: int, loss: float | None) -> CheckpointRef:

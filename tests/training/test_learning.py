@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from service.contract.spec import JobSpec
-from service.contract.speed import DtypeSpeed
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.speed import DtypeSpeed
 from tests.training.jobs import job, run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from halfstep.worker.training import checkpoint
+from halfstep.worker.training.checkpoint import MANIFEST_FILE, CheckpointInfo
+from halfstep.worker.training.errors import StorageFailed
+from halfstep.worker.training.loop import CHECKPOINTS, Outcome, StopRequest
+from halfstep.worker.training.restoring import load
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
-from worker.training import checkpoint
-from worker.training.checkpoint import MANIFEST_FILE, CheckpointInfo
-from worker.training.errors import StorageFailed
-from worker.training.loop import CHECKPOINTS, Outcome, StopRequest
-from worker.training.restoring import load
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_time_limit_counts_earlier_attempts_and_keeps_a_checkpoint(tmp_path:
 
 def test_the_time_limit_ends_a_run_in_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr("worker.training.loop.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("halfstep.worker.training.loop.time.monotonic", lambda: float(next(clock)))
     outcome, recorder = run(job(training={"time_limit_seconds": 4.0, "epochs": 1000}), tmp_path)
     assert outcome.stopped is StopRequest.TIME_LIMIT
     assert 0 < outcome.step < 100

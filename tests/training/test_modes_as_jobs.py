@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from service.contract.precision import MixedPrecisionMode
-from service.contract.states import ReasonCode
+from halfstep.service.contract.precision import MixedPrecisionMode
+from halfstep.service.contract.states import ReasonCode
+from halfstep.worker.training.errors import InvalidComponent
 from tests.training.jobs import Recorder, job, run
-from worker.training.errors import InvalidComponent
 
 HIGH = 2.0**34
 """A loss scale under which the gradients of any step here overflow FP16."""

@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 
-from service.mirror import Mirror
+from halfstep.service.mirror import Mirror
+from halfstep.worker.training import checkpoint, restoring
+from halfstep.worker.training.checkpoint import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    CheckpointInfo,
+    CheckpointRef,
+)
+from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
+from halfstep.worker.training.loop import CHECKPOINTS
+from halfstep.worker.training.restoring import load
 from tests.stores import Store, cut, flip
 from tests.training.conftest import Place
 from tests.training.jobs import Recorder, job, run, same_numbers
 from tests.training.test_checkpoint import payload, saved
-from worker.training import checkpoint, restoring
-from worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointInfo, CheckpointRef
-from worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
-from worker.training.loop import CHECKPOINTS
-from worker.training.restoring import load
 
 FILES = [WEIGHTS_FILE, STATE_FILE, MANIFEST_FILE]
 
@@ -82,8 +88,8 @@ def test_a_checkpoint_is_whole_at_the_store_before_it_is_referred_to(tmp_path: P
 
 
 def test_the_best_stays_at_the_store(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.contract.metrics import Evaluation
-    from worker.training import run as run_module
+    from halfstep.service.contract.metrics import Evaluation
+    from halfstep.worker.training import run as run_module
 
     def evaluate(*_: Any, step: int, **__: Any) -> Evaluation:
         loss = 1.0 if step == 4 else 9.0

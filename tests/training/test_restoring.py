@@ -13,13 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from halfstep.worker.training import checkpoint, restoring
+from halfstep.worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
+from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed
+from halfstep.worker.training.restoring import load, load_newest
 from tests.training.conftest import Place
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 from tests.training.test_checkpoint import saved
-from worker.training import checkpoint, restoring
-from worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
-from worker.training.errors import CheckpointDamaged, StorageFailed
-from worker.training.restoring import load, load_newest
 
 FILES = [WEIGHTS_FILE, STATE_FILE, MANIFEST_FILE]
 

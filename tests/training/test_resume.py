@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from halfstep.worker.training.checkpoint import STATE_FILE
+from halfstep.worker.training.components import InputKind, NoParameters, Task, register_model, registry
+from halfstep.worker.training.loop import StopRequest
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
-from worker.training.checkpoint import STATE_FILE
-from worker.training.components import InputKind, NoParameters, Task, register_model, registry
-from worker.training.loop import StopRequest
 
 EVERYTHING = {
     "model": {"name": "mlp", "params": {"hidden": [12, 12], "dropout": 0.3, "norm": "batch"}},

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.contract.speed import DtypeSpeed
-from worker.training import speed
+from halfstep.service.contract.speed import DtypeSpeed
+from halfstep.worker.training import speed
 
 CPU = torch.device("cpu")
 FOUND = {

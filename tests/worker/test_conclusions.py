@@ -5,14 +5,14 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy.orm import Session
 
-from service.contract.spec import JobSpec
-from service.contract.states import RequestedAction
-from service.store import jobs
-from service.store.database import Database
-from service.store.workers import Capability
-from worker.protocol import Done
-from worker.supervise import Ending
-from worker.tasks import _conclusion
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import RequestedAction
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.workers import Capability
+from halfstep.worker.protocol import Done
+from halfstep.worker.supervise import Ending
+from halfstep.worker.tasks import _conclusion
 
 CPU = Capability(
     device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1

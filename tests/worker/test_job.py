@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from service.contract.spec import JobSpec
-from service.settings import Settings
-from service.store import jobs, metrics
-from service.store.database import Database
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.worker import job
+from halfstep.worker.protocol import RunOrder
 from tests.store.making import CPU
-from worker import job
-from worker.protocol import RunOrder
 
 
 @pytest.fixture

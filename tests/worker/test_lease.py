@@ -11,14 +11,14 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.contract.states import RequestedAction
-from service.errors import StaleFence, StoreUnavailable
-from service.store import jobs
-from service.store.database import Database
-from service.store.tables import jobs as job_rows
+from halfstep.service.contract.states import RequestedAction
+from halfstep.service.errors import StaleFence, StoreUnavailable
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.tables import jobs as job_rows
+from halfstep.worker.lease import LeaseKeeper
 from tests.e2e.cluster import wait_for
 from tests.store.making import running
-from worker.lease import LeaseKeeper
 
 SOON = 10.0
 

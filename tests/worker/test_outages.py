@@ -11,13 +11,13 @@ import structlog
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session
 
-from service.contract.metrics import Evaluation
-from service.errors import StaleFence, StoreUnavailable
-from service.store import events, jobs, metrics
-from service.store.database import Database
+from halfstep.service.contract.metrics import Evaluation
+from halfstep.service.errors import StaleFence, StoreUnavailable
+from halfstep.service.store import events, jobs, metrics
+from halfstep.service.store.database import Database
+from halfstep.worker.reporting import Reporter
 from tests.e2e.cluster import wait_for
 from tests.store.making import LIVE, claimed, step, submitted
-from worker.reporting import Reporter
 
 SOON = 20.0
 
@@ -39,7 +39,7 @@ class Failing(Database):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.reporting.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("halfstep.worker.reporting.RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from halfstep.worker.process import ChildProcess, Exited
+from halfstep.worker.protocol import Done, Progress, StopOrder
 from tests.e2e.cluster import ROOT, alive, wait_for
-from worker.process import ChildProcess, Exited
-from worker.protocol import Done, Progress, StopOrder
 
 SOON = 20.0
 PARENT = """
 import time
-from worker.process import Spawner
+from halfstep.worker.process import Spawner
 child = Spawner().spawn({})
 if %(ready)s:
     child.ready.result(120)
@@ -112,7 +112,7 @@ def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool, hung: 
             PARENT % {"ready": ready},
         ],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HALFSTEP_DATA_DIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HALFSTEP_DATA_DIR": str(tmp_path)},
         cwd=tmp_path,
     )
     assert parent.stdout is not None

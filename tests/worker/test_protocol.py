@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.protocol import Done, Message, Progress, Ready, RunOrder, StopOrder, decode, encode
+from halfstep.worker.protocol import Done, Message, Progress, Ready, RunOrder, StopOrder, decode, encode
 
 MESSAGES: list[Message] = [
     RunOrder(

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from service.contract.spec import JobSpec
-from service.contract.states import JobState, ReasonCode
-from service.settings import Settings
-from service.store import jobs
-from service.store.database import Database
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import JobState, ReasonCode
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.worker import job
+from halfstep.worker.protocol import RunOrder
+from halfstep.worker.supervise import Ending
+from halfstep.worker.tasks import _conclusion, _said
+from halfstep.worker.training.components import InputKind, NoParameters, Task, register_model, registry
 from tests.store.making import claimed, running, state_of, submitted
 from tests.training.jobs import job as job_spec
-from worker import job
-from worker.protocol import RunOrder
-from worker.supervise import Ending
-from worker.tasks import _conclusion, _said
-from worker.training.components import InputKind, NoParameters, Task, register_model, registry
 
 
 class Broken(nn.Module):

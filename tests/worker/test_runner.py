@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from service.contract.spec import JobSpec
-from service.settings import Settings
-from service.store import jobs
-from service.store.database import Database
-from service.store.workers import Capability
-from worker import tasks
-from worker.process import Exited
-from worker.protocol import Done, Message, Ready, RunOrder
-from worker.slots import Slot
-from worker.tasks import Runner
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.settings import Settings
+from halfstep.service.store import jobs
+from halfstep.service.store.database import Database
+from halfstep.service.store.workers import Capability
+from halfstep.worker import tasks
+from halfstep.worker.process import Exited
+from halfstep.worker.protocol import Done, Message, Ready, RunOrder
+from halfstep.worker.slots import Slot
+from halfstep.worker.tasks import Runner
 
 CPU = Capability(
     device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1

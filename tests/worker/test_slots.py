@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from service.errors import ConfigurationError
-from service.settings import Settings
+from halfstep.service.errors import ConfigurationError
+from halfstep.service.settings import Settings
+from halfstep.worker import slots as slots_module
+from halfstep.worker.process import Spawner
+from halfstep.worker.protocol import Ready
+from halfstep.worker.slots import ALLOCATOR, Slot, build_slots, gpu_ids
 from tests.e2e.cluster import alive
-from worker import slots as slots_module
-from worker.process import Spawner
-from worker.protocol import Ready
-from worker.slots import ALLOCATOR, Slot, build_slots, gpu_ids
 
 READY = Ready(capability=None, components=[], versions={})
 

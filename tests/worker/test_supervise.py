@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from worker.process import Exited
-from worker.protocol import Done, Progress, StopOrder
-from worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
+from halfstep.worker.process import Exited
+from halfstep.worker.protocol import Done, Progress, StopOrder
+from halfstep.worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
 
 SOON = 10.0  # how long a test waits for what must happen at once
 

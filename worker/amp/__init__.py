@@ -6,10 +6,10 @@ trainer.setup_training(model, optimizer, criterion)
 trainer.train(loader, num_epochs=10)
 """
 
-from service.contract.precision import MixedPrecisionConfig, MixedPrecisionMode, PrecisionLevel
-from worker.amp.manager import MixedPrecisionManager
-from worker.amp.state import MixedPrecisionState
-from worker.amp.trainer import MixedPrecisionTrainer
+from halfstep.service.contract.precision import MixedPrecisionConfig, MixedPrecisionMode, PrecisionLevel
+from halfstep.worker.amp.manager import MixedPrecisionManager
+from halfstep.worker.amp.state import MixedPrecisionState
+from halfstep.worker.amp.trainer import MixedPrecisionTrainer
 
 __all__ = [
     "MixedPrecisionConfig",

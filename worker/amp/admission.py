@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from worker.amp.errors import SetupError
+from halfstep.worker.amp.errors import SetupError
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from worker.amp.batches import map_tensors, tensors_of
-from worker.amp.policies import PrecisionPolicy
-from worker.amp.telemetry import Attribution
+from halfstep.worker.amp.batches import map_tensors, tensors_of
+from halfstep.worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.telemetry import Attribution
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from service.contract.precision import DeviceCapability
-from worker.amp.errors import SetupError
+from halfstep.service.contract.precision import DeviceCapability
+from halfstep.worker.amp.errors import SetupError
 
 
 def capability_of(device: torch.device) -> DeviceCapability:

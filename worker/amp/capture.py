@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from worker.amp.batches import map_tensors, tensors_of
-from worker.amp.errors import SetupError
-from worker.amp.graphs import graphs_for
-from worker.amp.optimizers import GuardedUpdate, parameters_of
-from worker.amp.schedule import Schedule
+from halfstep.worker.amp.batches import map_tensors, tensors_of
+from halfstep.worker.amp.errors import SetupError
+from halfstep.worker.amp.graphs import graphs_for
+from halfstep.worker.amp.optimizers import GuardedUpdate, parameters_of
+from halfstep.worker.amp.schedule import Schedule
 
 CaptureMode = Literal["off", "auto"]
 MicroBatches = Sequence[tuple[Any, Any]]

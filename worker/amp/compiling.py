@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from worker.amp.batches import tensors_of
-from worker.amp.errors import SetupError
-from worker.amp.guard import BufferGuard, RandomStates
-from worker.amp.policies import PrecisionPolicy
-from worker.amp.private import backward_compiled_at_once, kernels
+from halfstep.worker.amp.batches import tensors_of
+from halfstep.worker.amp.errors import SetupError
+from halfstep.worker.amp.guard import BufferGuard, RandomStates
+from halfstep.worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.private import backward_compiled_at_once, kernels
 
 CompileMode = Literal["off", "default", "max-autotune"]
 

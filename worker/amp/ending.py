@@ -11,15 +11,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.gradients import Present
-from worker.amp.guard import BufferGuard
-from worker.amp.optimizers import GuardedUpdate
-from worker.amp.policies import PrecisionPolicy
-from worker.amp.private import Kernels
-from worker.amp.ring import StepRing
-from worker.amp.scaling import LossScale
-from worker.amp.schedule import Schedule
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.gradients import Present
+from halfstep.worker.amp.guard import BufferGuard
+from halfstep.worker.amp.optimizers import GuardedUpdate
+from halfstep.worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.private import Kernels
+from halfstep.worker.amp.ring import StepRing
+from halfstep.worker.amp.scaling import LossScale
+from halfstep.worker.amp.schedule import Schedule
 
 
 class Parts(NamedTuple):

@@ -10,7 +10,7 @@
         └── TooManySkips           skipped step after skipped step
 
 A contradiction in the configuration itself is pydantic's ValidationError; a precision that the device lacks
-is `service.contract.precision.UnsupportedPrecisionError`.
+is `halfstep.service.contract.precision.UnsupportedPrecisionError`.
 """
 
 from typing import Literal

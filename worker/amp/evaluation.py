@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.amp.batches import to_device
-from worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.batches import to_device
+from halfstep.worker.amp.policies import PrecisionPolicy
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from worker.amp.errors import StepError
-from worker.amp.record import rounding_of
+from halfstep.worker.amp.errors import StepError
+from halfstep.worker.amp.record import rounding_of
 
 
 class Present(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from worker.amp.gradients import Present
-from worker.amp.guard import RandomStates
+from halfstep.worker.amp.gradients import Present
+from halfstep.worker.amp.guard import RandomStates
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ are not guarded here: a skipped step never writes them.
 import torch
 from torch import Tensor, nn
 
-from worker.amp.private import Kernels
+from halfstep.worker.amp.private import Kernels
 
 
 class RandomStates:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.amp.attribution import Repeated, Tracer
-from worker.amp.guard import BufferGuard, RandomStates
-from worker.amp.policies import PrecisionPolicy
-from worker.amp.telemetry import Attribution
+from halfstep.worker.amp.attribution import Repeated, Tracer
+from halfstep.worker.amp.guard import BufferGuard, RandomStates
+from halfstep.worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.telemetry import Attribution
 
 WATCHED_STEPS = 32
 """On a GPU: so many steps after the start and after an incident the host waits to know of a skipped step."""

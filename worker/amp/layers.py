@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from worker.amp.errors import SetupError
+from halfstep.worker.amp.errors import SetupError
 
 
 @dataclass(frozen=True, slots=True)

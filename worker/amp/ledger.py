@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.state import MixedPrecisionState
-from worker.amp.supervision import Supervisor
-from worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.state import MixedPrecisionState
+from halfstep.worker.amp.supervision import Supervisor
+from halfstep.worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

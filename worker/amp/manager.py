@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
-from worker.amp.admission import check_weights, device_of
-from worker.amp.capability import capability_of
-from worker.amp.capture import CaptureMode
-from worker.amp.checkpointing import recompute_blocks
-from worker.amp.compiling import CompileMode, forward_of
-from worker.amp.errors import SetupError, StateMismatchError, StepError
-from worker.amp.evaluation import evaluating
-from worker.amp.guard import RandomStates
-from worker.amp.ledger import Ledger
-from worker.amp.memory import MemoryMonitor
-from worker.amp.policies import PrecisionPolicy, Transition, build_policy
-from worker.amp.result import StepResult
-from worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
-from worker.amp.schedule import Interval, Schedule
-from worker.amp.state import MixedPrecisionState
-from worker.amp.step import TrainingStep
-from worker.amp.telemetry import EngineEvent, FinishedStep
+from halfstep.service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
+from halfstep.worker.amp.admission import check_weights, device_of
+from halfstep.worker.amp.capability import capability_of
+from halfstep.worker.amp.capture import CaptureMode
+from halfstep.worker.amp.checkpointing import recompute_blocks
+from halfstep.worker.amp.compiling import CompileMode, forward_of
+from halfstep.worker.amp.errors import SetupError, StateMismatchError, StepError
+from halfstep.worker.amp.evaluation import evaluating
+from halfstep.worker.amp.guard import RandomStates
+from halfstep.worker.amp.ledger import Ledger
+from halfstep.worker.amp.memory import MemoryMonitor
+from halfstep.worker.amp.policies import PrecisionPolicy, Transition, build_policy
+from halfstep.worker.amp.result import StepResult
+from halfstep.worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
+from halfstep.worker.amp.schedule import Interval, Schedule
+from halfstep.worker.amp.state import MixedPrecisionState
+from halfstep.worker.amp.step import TrainingStep
+from halfstep.worker.amp.telemetry import EngineEvent, FinishedStep
 
 DECISION_STEPS = 32
 """After every so many steps of the run the host reads what was finished, and decides."""
@@ -65,7 +65,7 @@ class MixedPrecisionManager:
 
     def __init__(self, config: MixedPrecisionConfig) -> None:
         self.config = config
-        self.logger = logging.getLogger("worker.amp")
+        self.logger = logging.getLogger("halfstep.worker.amp")
         self.ledger = Ledger(config, self.logger)
         self._prepared: _Run | None = None
 

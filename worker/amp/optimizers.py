@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from worker.amp.errors import SetupError
-from worker.amp.private import Kernels
+from halfstep.worker.amp.errors import SetupError
+from halfstep.worker.amp.private import Kernels
 
 _FUSED_TYPES: tuple[type[Optimizer], ...] = (Adam, AdamW, Adagrad, SGD)
 

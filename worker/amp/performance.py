@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from worker.amp.ring import RING_STEPS
+from halfstep.worker.amp.ring import RING_STEPS
 
 _WINDOW_STEPS = 1000
 

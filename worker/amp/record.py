@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from worker.amp.errors import Cause
-from worker.amp.layers import ParameterOrder
-from worker.amp.memory import MemorySample
-from worker.amp.ring import HEAD, Rows, StepRing
-from worker.amp.schedule import Schedule
-from worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep, StepRow
+from halfstep.worker.amp.errors import Cause
+from halfstep.worker.amp.layers import ParameterOrder
+from halfstep.worker.amp.memory import MemorySample
+from halfstep.worker.amp.ring import HEAD, Rows, StepRing
+from halfstep.worker.amp.schedule import Schedule
+from halfstep.worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep, StepRow
 
 Flags = npt.NDArray[np.bool_]
 

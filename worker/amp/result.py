@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.amp.record import Meaning, Terms, meaning_of
-from worker.amp.ring import HEAD
+from halfstep.worker.amp.record import Meaning, Terms, meaning_of
+from halfstep.worker.amp.ring import HEAD
 
 
 class EndedRow(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worker.amp.errors import StateMismatchError
+from halfstep.worker.amp.errors import StateMismatchError
 
 STATE_FORMAT = 1
 

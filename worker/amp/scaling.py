@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.contract.precision import MixedPrecisionConfig
+from halfstep.service.contract.precision import MixedPrecisionConfig
 
 EARLY_GROWTH_RUN = 32
 """Underflowed steps in a row after which a growth is tried without waiting for the window."""

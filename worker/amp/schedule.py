@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from worker.amp.errors import SetupError
+from halfstep.worker.amp.errors import SetupError
 
 Interval = Literal["epoch", "step"]
 

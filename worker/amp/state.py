@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker.amp.telemetry import StepRow
+from halfstep.worker.amp.telemetry import StepRow
 
 HISTORY_STEPS = 10_000
 

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.batches import samples_in, shapes_of, to_device
-from worker.amp.capture import CaptureMode, StepCapture, capture_of
-from worker.amp.ending import DeviceEnding, Ended, Ending, HostEnding, Parts
-from worker.amp.errors import SetupError, StepError
-from worker.amp.gradients import Gradients, Present
-from worker.amp.group import Group
-from worker.amp.guard import BufferGuard, RandomStates
-from worker.amp.incidents import IncidentProbe
-from worker.amp.layers import ParameterOrder
-from worker.amp.memory import MemoryMonitor, MemorySample
-from worker.amp.optimizers import GuardedUpdate, parameters_of
-from worker.amp.performance import StepClock
-from worker.amp.policies import PrecisionPolicy
-from worker.amp.private import kernels
-from worker.amp.record import HostPart, StepRecord, Terms
-from worker.amp.result import EndedRow, StepResult
-from worker.amp.ring import HEAD, StepRing
-from worker.amp.scaling import LossScale
-from worker.amp.schedule import Schedule
-from worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.batches import samples_in, shapes_of, to_device
+from halfstep.worker.amp.capture import CaptureMode, StepCapture, capture_of
+from halfstep.worker.amp.ending import DeviceEnding, Ended, Ending, HostEnding, Parts
+from halfstep.worker.amp.errors import SetupError, StepError
+from halfstep.worker.amp.gradients import Gradients, Present
+from halfstep.worker.amp.group import Group
+from halfstep.worker.amp.guard import BufferGuard, RandomStates
+from halfstep.worker.amp.incidents import IncidentProbe
+from halfstep.worker.amp.layers import ParameterOrder
+from halfstep.worker.amp.memory import MemoryMonitor, MemorySample
+from halfstep.worker.amp.optimizers import GuardedUpdate, parameters_of
+from halfstep.worker.amp.performance import StepClock
+from halfstep.worker.amp.policies import PrecisionPolicy
+from halfstep.worker.amp.private import kernels
+from halfstep.worker.amp.record import HostPart, StepRecord, Terms
+from halfstep.worker.amp.result import EndedRow, StepResult
+from halfstep.worker.amp.ring import HEAD, StepRing
+from halfstep.worker.amp.scaling import LossScale
+from halfstep.worker.amp.schedule import Schedule
+from halfstep.worker.amp.telemetry import Attribution, ComputeDtype, FinishedStep
 
 
 def host_sees(device: torch.device) -> bool:

@@ -7,9 +7,9 @@ and its resumed copy decide alike. Nothing here touches a tensor.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.errors import Cause, NonFiniteError, NonFiniteGradient, NonFiniteLoss, TooManySkips
-from worker.amp.telemetry import Attribution, EngineEvent, EventLevel, FinishedStep, StepRow
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.errors import Cause, NonFiniteError, NonFiniteGradient, NonFiniteLoss, TooManySkips
+from halfstep.worker.amp.telemetry import Attribution, EngineEvent, EventLevel, FinishedStep, StepRow
 
 QUIET_STEPS = 100
 """After an incident was told, others of its kind are only counted for so many steps."""

@@ -7,7 +7,7 @@ in `supervision`.
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from worker.amp.errors import Cause
+from halfstep.worker.amp.errors import Cause
 
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 EventLevel = Literal["info", "warning", "error"]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.capture import CaptureMode
-from worker.amp.compiling import CompileMode
-from worker.amp.errors import StepError
-from worker.amp.manager import MixedPrecisionManager
-from worker.amp.result import StepResult
-from worker.amp.schedule import Interval
-from worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.capture import CaptureMode
+from halfstep.worker.amp.compiling import CompileMode
+from halfstep.worker.amp.errors import StepError
+from halfstep.worker.amp.manager import MixedPrecisionManager
+from halfstep.worker.amp.result import StepResult
+from halfstep.worker.amp.schedule import Interval
+from halfstep.worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
 
 MicroBatch = tuple[Any, Any]
 

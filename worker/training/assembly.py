@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from service.contract.spec import ComponentRef, JobSpec
-from worker.training.batches import Plan, fetch
-from worker.training.components import (
+from halfstep.service.contract.spec import ComponentRef, JobSpec
+from halfstep.worker.training.batches import Plan, fetch
+from halfstep.worker.training.components import (
     DataInfo,
     DataRequest,
     Dataset,
@@ -27,8 +27,8 @@ from worker.training.components import (
     catalogue,
     find,
 )
-from worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
-from worker.training.failures import ran_out_of_host_memory
+from halfstep.worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
+from halfstep.worker.training.failures import ran_out_of_host_memory
 
 Criterion = Callable[[Any, Any], Tensor]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.training.data import Split, epoch_order
-from worker.training.errors import DataError, TrainingFailure
+from halfstep.worker.training.data import Split, epoch_order
+from halfstep.worker.training.errors import DataError, TrainingFailure
 
 _SHARE_OF_DEVICE = 0.25
 """A training split is kept on the device when it takes at most this share of its free memory."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from worker.amp.capability import capability_of
-from worker.amp.memory import host_memory_bytes
-from worker.training.speed import DIRECTORY, device_speeds
+from halfstep.worker.amp.capability import capability_of
+from halfstep.worker.amp.memory import host_memory_bytes
+from halfstep.worker.training.speed import DIRECTORY, device_speeds
 
 
 def probe(data_dir: Path | None = None) -> dict[str, Any]:

@@ -29,10 +29,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from service.faultpoints import reach
-from service.mirror import Mirror, MirrorFailed
-from worker.training.errors import StorageFailed
-from worker.training.failures import ran_out_of_host_memory
+from halfstep.service.faultpoints import reach
+from halfstep.service.mirror import Mirror, MirrorFailed
+from halfstep.worker.training.errors import StorageFailed
+from halfstep.worker.training.failures import ran_out_of_host_memory
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from worker.training.errors import DataError
+from halfstep.worker.training.errors import DataError
 
 
 class Task(StrEnum):

@@ -15,7 +15,7 @@ Messages say whose fault it is and name the next thing to try: a client reads th
 from collections.abc import Mapping
 from typing import Any
 
-from service.contract.states import ReasonCode
+from halfstep.service.contract.states import ReasonCode
 
 
 class TrainingFailure(Exception):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from service.contract.metrics import Evaluation
-from worker.training.assembly import Criterion
-from worker.training.batches import fetch
-from worker.training.data import Dataset, Split, Task
+from halfstep.service.contract.metrics import Evaluation
+from halfstep.worker.training.assembly import Criterion
+from halfstep.worker.training.batches import fetch
+from halfstep.worker.training.data import Dataset, Split, Task
 
 Forward = Callable[[Any], Any]
 

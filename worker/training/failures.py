@@ -10,12 +10,18 @@ from contextlib import contextmanager
 
 import torch
 
-from service.contract.precision import UnsupportedPrecisionError
-from service.contract.spec import JobSpec
-from service.contract.states import ReasonCode
-from worker.amp.errors import NonFiniteError, SetupError, StepError
-from worker.training.errors import ComponentFailed, InvalidComponent, NonFinite, OutOfMemory, TrainingFailure
-from worker.training.remedies import less_memory
+from halfstep.service.contract.precision import UnsupportedPrecisionError
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.states import ReasonCode
+from halfstep.worker.amp.errors import NonFiniteError, SetupError, StepError
+from halfstep.worker.training.errors import (
+    ComponentFailed,
+    InvalidComponent,
+    NonFinite,
+    OutOfMemory,
+    TrainingFailure,
+)
+from halfstep.worker.training.remedies import less_memory
 
 _HOST_ALLOCATOR = (
     "DefaultCPUAllocator",

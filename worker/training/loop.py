@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from service.contract.spec import JobSpec
-from service.contract.speed import Speeds
-from service.mirror import Mirror
-from worker.amp.errors import TooManySkips
-from worker.training import randomness
-from worker.training.batches import Position
-from worker.training.checkpoint import CheckpointRef, remove_unreferenced
-from worker.training.errors import NonFinite
-from worker.training.observer import Observer
-from worker.training.run import Run
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.speed import Speeds
+from halfstep.service.mirror import Mirror
+from halfstep.worker.amp.errors import TooManySkips
+from halfstep.worker.training import randomness
+from halfstep.worker.training.batches import Position
+from halfstep.worker.training.checkpoint import CheckpointRef, remove_unreferenced
+from halfstep.worker.training.errors import NonFinite
+from halfstep.worker.training.observer import Observer
+from halfstep.worker.training.run import Run
 
 CHECKPOINTS = "checkpoints"
 
@@ -91,7 +91,7 @@ def train(config: RunConfig, observer: Observer, should_stop: Callable[[], StopR
     back.
 
     Raises:
-        TrainingFailure: the run cannot go on; see `worker.training.errors`.
+        TrainingFailure: the run cannot go on; see `halfstep.worker.training.errors`.
     """
     began = time.monotonic()
     limit = config.spec.training.time_limit_seconds

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
 
 
 class Observer(Protocol):

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from service.contract.metrics import StepMetrics
+from halfstep.service.contract.metrics import StepMetrics
 
 _WINDOW_STEPS = 1000
 _WINDOW_SECONDS = 10.0

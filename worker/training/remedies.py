@@ -3,7 +3,7 @@
 Without torch: the worker says it too, of a process that can say nothing any more.
 """
 
-from service.contract.spec import JobSpec
+from halfstep.service.contract.spec import JobSpec
 
 
 def less_memory(spec: JobSpec) -> str:

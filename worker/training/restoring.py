@@ -21,8 +21,8 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 
-from service.mirror import Mirror
-from worker.training.checkpoint import (
+from halfstep.service.mirror import Mirror
+from halfstep.worker.training.checkpoint import (
     FETCHED,
     MANIFEST_FILE,
     NAME,
@@ -33,8 +33,8 @@ from worker.training.checkpoint import (
     Payload,
     sha256_of,
 )
-from worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
-from worker.training.failures import ran_out_of_host_memory
+from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
+from halfstep.worker.training.failures import ran_out_of_host_memory
 
 MAX_MANIFEST_BYTES = 65_536
 AGAIN_SECONDS = 2.0

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from service.contract.spec import JobSpec
-from service.contract.speed import Speeds, slow_precision
-from service.faultpoints import reach
-from service.mirror import Mirror
-from worker.amp import MixedPrecisionTrainer
-from worker.amp.telemetry import EngineEvent, StepRow
-from worker.training import checkpoint, environment, randomness
-from worker.training.assembly import Assembly, assemble
-from worker.training.batches import Batches, Plan, Position, excluded_from
-from worker.training.checkpoint import HELD_OUT_LOSS, CheckpointRef, Payload
-from worker.training.errors import CheckpointDamaged, StorageFailed
-from worker.training.evaluation import evaluate
-from worker.training.failures import translated
-from worker.training.observer import Observer
-from worker.training.progress import RecentSteps
-from worker.training.restoring import load, load_newest
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
+from halfstep.service.contract.spec import JobSpec
+from halfstep.service.contract.speed import Speeds, slow_precision
+from halfstep.service.faultpoints import reach
+from halfstep.service.mirror import Mirror
+from halfstep.worker.amp import MixedPrecisionTrainer
+from halfstep.worker.amp.telemetry import EngineEvent, StepRow
+from halfstep.worker.training import checkpoint, environment, randomness
+from halfstep.worker.training.assembly import Assembly, assemble
+from halfstep.worker.training.batches import Batches, Plan, Position, excluded_from
+from halfstep.worker.training.checkpoint import HELD_OUT_LOSS, CheckpointRef, Payload
+from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed
+from halfstep.worker.training.evaluation import evaluate
+from halfstep.worker.training.failures import translated
+from halfstep.worker.training.observer import Observer
+from halfstep.worker.training.progress import RecentSteps
+from halfstep.worker.training.restoring import load, load_newest
 
 _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""

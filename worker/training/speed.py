@@ -1,7 +1,8 @@
 """How fast this device multiplies and convolves in each precision: measured once, then remembered.
 
 The measurement takes a second, so what one process found is kept on disk for the next one on the same device,
-with the same torch and as many threads. What the figures mean for a job is `service.contract.speed`'s.
+with the same torch and as many threads. What the figures mean for a job is told by
+`halfstep.service.contract.speed`.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional
 
-from service.contract.speed import DtypeSpeed
+from halfstep.service.contract.speed import DtypeSpeed
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ Runs on the CPU alone and creates no CUDA context, so that a waiting process hol
 import torch
 from torch import nn
 
-from worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer, PrecisionLevel
-from worker.training.components import load_built_in
+from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer, PrecisionLevel
+from halfstep.worker.training.components import load_built_in
 
 _QUIET = MixedPrecisionConfig(precision_level=PrecisionLevel.BF16, loss_scaling=False, gradient_scaling=False)
 """Nothing in it is worth a warning: what is printed here would look like the next job's."""

@@ -10,20 +10,20 @@ from fastapi import APIRouter, Header
 from sqlalchemy.orm import Session
 from starlette.responses import Response, StreamingResponse
 
-from service.api.access import Reader
-from service.api.context import Context, ContextDep
-from service.api.door import Caller
-from service.api.openapi import declares
-from service.api.parameters import JobPath, KnownQuery, StepPath, matches
-from service.api.problems import ProblemError
-from service.api.ranges import Unsatisfiable, requested
-from service.api.schemas import CheckpointList
-from service.api.views import checkpoint_view
-from service.api.wire import json_answer
-from service.errors import NotFound, StoreUnavailable
-from service.mirror import MirrorFailed
-from service.storage import MODEL_FILE, FileAbsent, StoredFile, storage
-from service.store import jobs as store
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import Context, ContextDep
+from halfstep.service.api.door import Caller
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import JobPath, KnownQuery, StepPath, matches
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.ranges import Unsatisfiable, requested
+from halfstep.service.api.schemas import CheckpointList
+from halfstep.service.api.views import checkpoint_view
+from halfstep.service.api.wire import json_answer
+from halfstep.service.errors import NotFound, StoreUnavailable
+from halfstep.service.mirror import MirrorFailed
+from halfstep.service.storage import MODEL_FILE, FileAbsent, StoredFile, storage
+from halfstep.service.store import jobs as store
 
 router = APIRouter(prefix="/jobs/{job_id}/checkpoints", tags=["checkpoints"], dependencies=[KnownQuery])
 _log = structlog.get_logger(__name__)

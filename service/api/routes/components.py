@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from service.api.access import Reader
-from service.api.context import ContextDep
-from service.api.openapi import declares
-from service.api.parameters import KnownQuery
-from service.api.schemas import ComponentList
-from service.api.views import component_view
-from service.api.wire import json_answer
-from service.store import components
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import ContextDep
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import KnownQuery
+from halfstep.service.api.schemas import ComponentList
+from halfstep.service.api.views import component_view
+from halfstep.service.api.wire import json_answer
+from halfstep.service.store import components
 
 router = APIRouter(prefix="/components", tags=["fleet"], dependencies=[KnownQuery])
 

@@ -8,21 +8,21 @@ from fastapi import APIRouter, Depends, Request
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from service.api.access import Submitter
-from service.api.body import read_json_body
-from service.api.context import Context, ContextDep
-from service.api.examples import RETRIES
-from service.api.openapi import declares, json_body
-from service.api.parameters import IdempotencyKey, JobPath, KnownQuery
-from service.api.schemas import Job
-from service.api.validation import read_retry
-from service.api.views import job_view
-from service.api.wakeup import wake_worker
-from service.api.wire import json_answer, json_bytes
-from service.contract.spec import RetryRequest
-from service.contract.states import JobState
-from service.store import jobs as store
-from service.store import retries
+from halfstep.service.api.access import Submitter
+from halfstep.service.api.body import read_json_body
+from halfstep.service.api.context import Context, ContextDep
+from halfstep.service.api.examples import RETRIES
+from halfstep.service.api.openapi import declares, json_body
+from halfstep.service.api.parameters import IdempotencyKey, JobPath, KnownQuery
+from halfstep.service.api.schemas import Job
+from halfstep.service.api.validation import read_retry
+from halfstep.service.api.views import job_view
+from halfstep.service.api.wakeup import wake_worker
+from halfstep.service.api.wire import json_answer, json_bytes
+from halfstep.service.contract.spec import RetryRequest
+from halfstep.service.contract.states import JobState
+from halfstep.service.store import jobs as store
+from halfstep.service.store import retries
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["jobs"], dependencies=[KnownQuery])
 

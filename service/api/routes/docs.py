@@ -4,9 +4,9 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
-from service.api.access import Reader
-from service.api.docs_page import render
-from service.api.wire import json_answer
+from halfstep.service.api.access import Reader
+from halfstep.service.api.docs_page import render
+from halfstep.service.api.wire import json_answer
 
 router = APIRouter(include_in_schema=False)
 

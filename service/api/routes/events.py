@@ -6,14 +6,14 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
-from service.api.access import Reader
-from service.api.context import ContextDep
-from service.api.openapi import declares
-from service.api.parameters import JobPath, KnownQuery, Ordinal
-from service.api.schemas import EventPage
-from service.api.views import event_view
-from service.api.wire import json_answer
-from service.store import events, jobs
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import ContextDep
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import JobPath, KnownQuery, Ordinal
+from halfstep.service.api.schemas import EventPage
+from halfstep.service.api.views import event_view
+from halfstep.service.api.wire import json_answer
+from halfstep.service.store import events, jobs
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 

@@ -5,15 +5,15 @@ from http import HTTPStatus
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from service import queue
-from service.api.context import Context, ContextDep
-from service.api.openapi import problem_response
-from service.api.parameters import KnownQuery
-from service.api.problems import ProblemError
-from service.api.schemas import Alive, Readiness
-from service.api.wire import json_answer
-from service.errors import ConfigurationError, StoreUnavailable
-from service.store.schema import check_current
+from halfstep.service import queue
+from halfstep.service.api.context import Context, ContextDep
+from halfstep.service.api.openapi import problem_response
+from halfstep.service.api.parameters import KnownQuery
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.schemas import Alive, Readiness
+from halfstep.service.api.wire import json_answer
+from halfstep.service.errors import ConfigurationError, StoreUnavailable
+from halfstep.service.store.schema import check_current
 
 router = APIRouter(prefix="/health", tags=["health"], dependencies=[KnownQuery])
 

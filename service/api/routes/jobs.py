@@ -12,20 +12,20 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from service.api.access import Reader, Submitter
-from service.api.body import JsonBody, read_json_body
-from service.api.context import ContextDep, context_of
-from service.api.examples import SUBMISSIONS
-from service.api.intake import Order
-from service.api.openapi import declares, json_body
-from service.api.parameters import PRINTABLE, IdempotencyKey, JobPath, KnownQuery
-from service.api.schemas import DryRun, Job, JobPage
-from service.api.views import job_view, job_views
-from service.api.wire import json_answer
-from service.contract.states import JobState
-from service.storage import storage
-from service.store import jobs as store
-from service.store.records import known_shape
+from halfstep.service.api.access import Reader, Submitter
+from halfstep.service.api.body import JsonBody, read_json_body
+from halfstep.service.api.context import ContextDep, context_of
+from halfstep.service.api.examples import SUBMISSIONS
+from halfstep.service.api.intake import Order
+from halfstep.service.api.openapi import declares, json_body
+from halfstep.service.api.parameters import PRINTABLE, IdempotencyKey, JobPath, KnownQuery
+from halfstep.service.api.schemas import DryRun, Job, JobPage
+from halfstep.service.api.views import job_view, job_views
+from halfstep.service.api.wire import json_answer
+from halfstep.service.contract.states import JobState
+from halfstep.service.storage import storage
+from halfstep.service.store import jobs as store
+from halfstep.service.store.records import known_shape
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], dependencies=[KnownQuery])
 _log = structlog.get_logger(__name__)

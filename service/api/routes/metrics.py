@@ -7,15 +7,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
-from service.api.access import Reader
-from service.api.context import ContextDep
-from service.api.examples import METRICS_CSV, METRICS_NDJSON
-from service.api.openapi import declares
-from service.api.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns, wrong_query
-from service.api.problems import ProblemError
-from service.api.schemas import MetricsPage
-from service.api.wire import json_answer, json_bytes, spelled_column
-from service.store import jobs, metrics
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import ContextDep
+from halfstep.service.api.examples import METRICS_CSV, METRICS_NDJSON
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns, wrong_query
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.schemas import MetricsPage
+from halfstep.service.api.wire import json_answer, json_bytes, spelled_column
+from halfstep.service.store import jobs, metrics
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 

@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from service.api.access import Reader
-from service.api.context import ContextDep
-from service.api.openapi import declares
-from service.api.parameters import JobPath, KnownQuery, matches
-from service.api.schemas import Stats
-from service.api.summaries import Summary
-from service.api.watch import until_gone
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import ContextDep
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import JobPath, KnownQuery, matches
+from halfstep.service.api.schemas import Stats
+from halfstep.service.api.summaries import Summary
+from halfstep.service.api.watch import until_gone
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 

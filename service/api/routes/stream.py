@@ -8,16 +8,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from service.api.access import Credentials, Reader, identify
-from service.api.context import Context, ContextDep
-from service.api.event_stream import EventStream
-from service.api.examples import STREAM
-from service.api.feed import parse_token
-from service.api.openapi import declares
-from service.api.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns
-from service.api.problems import ProblemError
-from service.errors import StoreUnavailable
-from service.store.following import Position, Standing, standing
+from halfstep.service.api.access import Credentials, Reader, identify
+from halfstep.service.api.context import Context, ContextDep
+from halfstep.service.api.event_stream import EventStream
+from halfstep.service.api.examples import STREAM
+from halfstep.service.api.feed import parse_token
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns
+from halfstep.service.api.problems import ProblemError
+from halfstep.service.errors import StoreUnavailable
+from halfstep.service.store.following import Position, Standing, standing
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
 

@@ -3,14 +3,14 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from service.api.access import Reader
-from service.api.context import ContextDep
-from service.api.openapi import declares
-from service.api.parameters import KnownQuery
-from service.api.schemas import WorkerList
-from service.api.views import worker_view
-from service.api.wire import json_answer
-from service.store import workers
+from halfstep.service.api.access import Reader
+from halfstep.service.api.context import ContextDep
+from halfstep.service.api.openapi import declares
+from halfstep.service.api.parameters import KnownQuery
+from halfstep.service.api.schemas import WorkerList
+from halfstep.service.api.views import worker_view
+from halfstep.service.api.wire import json_answer
+from halfstep.service.store import workers
 
 router = APIRouter(prefix="/workers", tags=["fleet"], dependencies=[KnownQuery])
 

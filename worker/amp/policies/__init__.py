@@ -2,21 +2,21 @@
 
 import torch
 
-from service.contract.precision import (
+from halfstep.service.contract.precision import (
     SUPPORTED_MODES,
     MixedPrecisionConfig,
     MixedPrecisionMode,
     PrecisionLevel,
     ResolvedPrecision,
 )
-from worker.amp.errors import SetupError
-from worker.amp.memory import MemoryMonitor
-from worker.amp.policies.automatic import AutomaticPolicy
-from worker.amp.policies.gradient_scaling import GradientScalingPolicy
-from worker.amp.policies.interface import PrecisionPolicy, Transition
-from worker.amp.policies.manual import ManualPolicy
-from worker.amp.policies.selective import SelectivePolicy
-from worker.amp.policies.switching import SwitchingPolicy
+from halfstep.worker.amp.errors import SetupError
+from halfstep.worker.amp.memory import MemoryMonitor
+from halfstep.worker.amp.policies.automatic import AutomaticPolicy
+from halfstep.worker.amp.policies.gradient_scaling import GradientScalingPolicy
+from halfstep.worker.amp.policies.interface import PrecisionPolicy, Transition
+from halfstep.worker.amp.policies.manual import ManualPolicy
+from halfstep.worker.amp.policies.selective import SelectivePolicy
+from halfstep.worker.amp.policies.switching import SwitchingPolicy
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from worker.amp.layers import BorderCast
-from worker.amp.policies.interface import PrecisionPolicy
-from worker.amp.policies.islands import Fp32Islands
+from halfstep.worker.amp.layers import BorderCast
+from halfstep.worker.amp.policies.interface import PrecisionPolicy
+from halfstep.worker.amp.policies.islands import Fp32Islands
 
 
 class AutomaticPolicy(PrecisionPolicy):

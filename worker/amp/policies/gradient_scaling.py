@@ -1,6 +1,6 @@
 """GRADIENT_SCALING: FP32 throughout; only the loss is scaled and the gradients unscaled."""
 
-from worker.amp.policies.interface import PrecisionPolicy
+from halfstep.worker.amp.policies.interface import PrecisionPolicy
 
 
 class GradientScalingPolicy(PrecisionPolicy):

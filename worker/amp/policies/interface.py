@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from worker.amp.layers import BorderCast
-from worker.amp.telemetry import FinishedStep
+from halfstep.worker.amp.layers import BorderCast
+from halfstep.worker.amp.telemetry import FinishedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

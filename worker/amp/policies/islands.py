@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from worker.amp.batches import cast_floating
-from worker.amp.layers import BorderCast, match_layers
+from halfstep.worker.amp.batches import cast_floating
+from halfstep.worker.amp.layers import BorderCast, match_layers
 
 
 class Fp32Islands:

@@ -6,8 +6,8 @@ alone.
 
 from typing import Any
 
-from service.contract.precision import MixedPrecisionConfig
-from worker.amp.telemetry import FinishedStep
+from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.worker.amp.telemetry import FinishedStep
 
 NANS_IN_A_ROW = 3
 OVERFLOW_SHARE_FACTOR = 100.0

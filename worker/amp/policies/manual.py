@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from worker.amp.batches import cast_floating
-from worker.amp.layers import BorderCast, match_layers
-from worker.amp.policies.interface import PrecisionPolicy
-from worker.amp.private import kernels
+from halfstep.worker.amp.batches import cast_floating
+from halfstep.worker.amp.layers import BorderCast, match_layers
+from halfstep.worker.amp.policies.interface import PrecisionPolicy
+from halfstep.worker.amp.private import kernels
 
 _NORMALISATION = (
     nn.BatchNorm1d,

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from worker.amp.batches import cast_floating
-from worker.amp.layers import BorderCast, match_layers
-from worker.amp.policies.interface import PrecisionPolicy
-from worker.amp.policies.islands import Fp32Islands
+from halfstep.worker.amp.batches import cast_floating
+from halfstep.worker.amp.layers import BorderCast, match_layers
+from halfstep.worker.amp.policies.interface import PrecisionPolicy
+from halfstep.worker.amp.policies.islands import Fp32Islands
 
 
 class SelectivePolicy(PrecisionPolicy):

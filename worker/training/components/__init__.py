@@ -4,8 +4,8 @@ This is the door for packages that bring their own: the decorators, the paramete
 descriptions. The built-in components are imported when the catalogue is first asked for.
 """
 
-from worker.training.components.parameters import NoParameters, Parameters
-from worker.training.components.registry import (
+from halfstep.worker.training.components.parameters import NoParameters, Parameters
+from halfstep.worker.training.components.registry import (
     Component,
     Kind,
     Length,
@@ -21,7 +21,7 @@ from worker.training.components.registry import (
     register_optimizer,
     register_scheduler,
 )
-from worker.training.data import (
+from halfstep.worker.training.data import (
     DataInfo,
     DataRequest,
     Dataset,

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from worker.training.components.parameters import Flag, Integer, Parameters, Share, Width
-from worker.training.components.registry import register_model
-from worker.training.data import DataInfo, InputKind, Task
-from worker.training.errors import InvalidComponent
+from halfstep.worker.training.components.parameters import Flag, Integer, Parameters, Share, Width
+from halfstep.worker.training.components.registry import register_model
+from halfstep.worker.training.data import DataInfo, InputKind, Task
+from halfstep.worker.training.errors import InvalidComponent
 
 
 class CnnParameters(Parameters):

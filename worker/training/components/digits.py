@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from worker.training.components.parameters import NoParameters
-from worker.training.components.registry import register_dataset
-from worker.training.data import DataInfo, DataRequest, Dataset, InputKind, Task, TensorSplit
-from worker.training.errors import DataError
+from halfstep.worker.training.components.parameters import NoParameters
+from halfstep.worker.training.components.registry import register_dataset
+from halfstep.worker.training.data import DataInfo, DataRequest, Dataset, InputKind, Task, TensorSplit
+from halfstep.worker.training.errors import DataError
 
 _BRIGHTEST = 16.0
 _IMAGES, _COLUMNS = 1797, 65

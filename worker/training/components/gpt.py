@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from worker.training.components.parameters import Integer, Parameters, Share
-from worker.training.components.registry import register_model
-from worker.training.data import DataInfo, InputKind, Task
+from halfstep.worker.training.components.parameters import Integer, Parameters, Share
+from halfstep.worker.training.components.registry import register_model
+from halfstep.worker.training.data import DataInfo, InputKind, Task
 
 
 class GptParameters(Parameters):

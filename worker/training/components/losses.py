@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from worker.training.components.parameters import Flag, NoParameters, Parameters, Positive, Share
-from worker.training.components.registry import register_loss
-from worker.training.data import DataInfo, Task
+from halfstep.worker.training.components.parameters import Flag, NoParameters, Parameters, Positive, Share
+from halfstep.worker.training.components.registry import register_loss
+from halfstep.worker.training.data import DataInfo, Task
 
 Function = Callable[..., Tensor]
 

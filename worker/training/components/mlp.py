@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from worker.training.components.parameters import Parameters, Share, Width
-from worker.training.components.registry import register_model
-from worker.training.data import DataInfo, InputKind, Task
+from halfstep.worker.training.components.parameters import Parameters, Share, Width
+from halfstep.worker.training.components.registry import register_model
+from halfstep.worker.training.data import DataInfo, InputKind, Task
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

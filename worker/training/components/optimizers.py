@@ -7,9 +7,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from worker.training.components.parameters import Flag, NonNegative, Parameters, Positive, Share
-from worker.training.components.registry import register_optimizer
-from worker.training.errors import InvalidComponent
+from halfstep.worker.training.components.parameters import Flag, NonNegative, Parameters, Positive, Share
+from halfstep.worker.training.components.registry import register_optimizer
+from halfstep.worker.training.errors import InvalidComponent
 
 Weights = list[nn.Parameter]
 Implementation = Literal["auto", "fused", "foreach", "plain"]

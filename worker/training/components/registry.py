@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from worker.training.data import InputKind, Task
-from worker.training.errors import InvalidComponent
+from halfstep.worker.training.data import InputKind, Task
+from halfstep.worker.training.errors import InvalidComponent
 
 
 class Kind(StrEnum):
@@ -209,7 +209,7 @@ def find(kind: Kind, name: str) -> Registered:
 def load_built_in() -> None:
     """Import the components of this package; a second call does nothing."""
     for module in _BUILT_IN:
-        importlib.import_module(f"worker.training.components.{module}")
+        importlib.import_module(f"halfstep.worker.training.components.{module}")
 
 
 def load_entry_points() -> list[str]:
@@ -266,7 +266,7 @@ def _register(
     if parameters.model_config.get("extra") != "forbid":
         raise InvalidComponent(
             f"the parameters of {kind} '{name}' must refuse unknown names: derive {parameters.__name__} from "
-            "worker.training.components.Parameters"
+            "halfstep.components.Parameters"
         )
     component = Component(
         kind=kind, name=name, help=summary, schema=parameters.model_json_schema(), extra=extra

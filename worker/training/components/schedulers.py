@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch.optim import Optimizer, lr_scheduler
 
-from worker.training.components.parameters import (
+from halfstep.worker.training.components.parameters import (
     Count,
     Flag,
     Integer,
@@ -16,8 +16,8 @@ from worker.training.components.parameters import (
     Real,
     Share,
 )
-from worker.training.components.registry import Length, register_scheduler
-from worker.training.errors import InvalidComponent
+from halfstep.worker.training.components.registry import Length, register_scheduler
+from halfstep.worker.training.errors import InvalidComponent
 
 Factor = Annotated[Real, Field(gt=0, le=1)]
 

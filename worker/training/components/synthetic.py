@@ -10,10 +10,25 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from worker.training.components.parameters import Count, NonNegative, Parameters, Positive, Seed, Width
-from worker.training.components.registry import register_dataset
-from worker.training.data import DataInfo, DataRequest, Dataset, InputKind, Task, TensorSplit, epoch_order
-from worker.training.errors import DataError
+from halfstep.worker.training.components.parameters import (
+    Count,
+    NonNegative,
+    Parameters,
+    Positive,
+    Seed,
+    Width,
+)
+from halfstep.worker.training.components.registry import register_dataset
+from halfstep.worker.training.data import (
+    DataInfo,
+    DataRequest,
+    Dataset,
+    InputKind,
+    Task,
+    TensorSplit,
+    epoch_order,
+)
+from halfstep.worker.training.errors import DataError
 
 Samples = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
 

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field, StringConstraints
 from torch import Tensor
 
-from worker.training.components.parameters import Integer, Parameters
-from worker.training.components.registry import register_dataset
-from worker.training.data import DataInfo, DataRequest, Dataset, InputKind, Task, TokenSplit
-from worker.training.errors import DataError
+from halfstep.worker.training.components.parameters import Integer, Parameters
+from halfstep.worker.training.components.registry import register_dataset
+from halfstep.worker.training.data import DataInfo, DataRequest, Dataset, InputKind, Task, TokenSplit
+from halfstep.worker.training.errors import DataError
 
 _VOCABULARY = 256
 _DEFAULT_LENGTH = 128
