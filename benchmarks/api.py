@@ -28,13 +28,14 @@ from benchmarks.databases import LOCAL_SERVER, new_database
 from benchmarks.load import Load, Served, measure, request
 from benchmarks.report import Report, options
 from benchmarks.steps import LIVE, batches
-from halfstep.service.cli import broker
+from halfstep.service.cli.up import broker
 from halfstep.service.contract.spec import JobSpec
-from halfstep.service.store import jobs, metrics, workers
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.fleet import workers
+from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.jobs import Job
-from halfstep.service.store.schema import migrate
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 
 CONNECTIONS = (16, 1)
 CPU = Capability("cpu", bf16=True, fp16=True, memory_bytes=2**33, device_name="cpu", device_count=1)
@@ -122,7 +123,7 @@ def _filled(url: str, steps: int) -> Job:
                 raise RuntimeError("the job just submitted could not be claimed")
             jobs.mark_running(s, job.id, job.fence)
         for rows in batches(1, steps, 8192):
-            database.retry(lambda s, rows=rows: metrics.append(s, job.id, job.fence, rows, LIVE))
+            database.retry(lambda s, rows=rows: record.append(s, job.id, job.fence, rows, LIVE))
     finally:
         database.dispose()
     return job

@@ -22,8 +22,8 @@ import httpx
 import psycopg
 from psycopg import sql
 
-from halfstep.service.cli import broker
-from halfstep.service.store.schema import migrate
+from halfstep.service.cli.up import broker
+from halfstep.service.store.sql.schema import migrate
 
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 45.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.installation import Installation, postgres_database
-from halfstep.service.cli import broker
+from halfstep.service.cli.up import broker
 from halfstep.service.queue import QUEUE, make_celery
 
 REDIS = "redis://127.0.0.1:6379/0"

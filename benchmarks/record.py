@@ -27,12 +27,12 @@ from benchmarks.peer_rows import PostgresRows, Rows, SqliteRows
 from benchmarks.report import Report, options
 from benchmarks.steps import LIVE, batches
 from halfstep.service.contract.spec import JobSpec
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.jobs import Job
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from halfstep.service.store.tables import metadata
-from halfstep.service.store.workers import Capability
 from halfstep.worker.reporting import Reporter
 
 BATCHES = (256, 1024, 8192)  # what the reporter sends: from a slow job's flush to its limit under pressure
@@ -116,7 +116,7 @@ def _whole_path(report: Report, kind: str, url: str, steps: int, repetitions: in
             loop_costs.append(loop / steps * 1e6)
             thread_costs.append((time.process_time() - both_began - loop) / steps * 1e6)
             with database.read() as s:
-                if metrics.summarise(s, job.id).current_step != steps:
+                if record.summarise(s, job.id).current_step != steps:
                     raise RuntimeError("the reporter has ended, and steps are missing")
     finally:
         database.dispose()
@@ -154,7 +154,7 @@ def _append(database: Database, job: Job, first: int, last: int, size: int) -> f
     seconds = 0.0
     for rows in batches(first, last, size):
         began = time.perf_counter()
-        database.retry(lambda s, rows=rows: metrics.append(s, job.id, job.fence, rows, LIVE))
+        database.retry(lambda s, rows=rows: record.append(s, job.id, job.fence, rows, LIVE))
         seconds += time.perf_counter() - began
     return (last - first + 1) / seconds
 
@@ -166,15 +166,15 @@ def _reads_in_process(
 
     def page() -> object:
         with database.read() as s:
-            return metrics.read(s, job.id, after_step=draw.randrange(steps - 1000), limit=1000, fields=None)
+            return record.read(s, job.id, after_step=draw.randrange(steps - 1000), limit=1000, fields=None)
 
     def plot() -> object:
         with database.read() as s:
-            return metrics.downsample(s, job.id, from_step=None, to_step=None, max_points=500, fields=None)
+            return record.downsample(s, job.id, from_step=None, to_step=None, max_points=500, fields=None)
 
     def summary() -> object:
         with database.read() as s:
-            return metrics.summarise(s, job.id)
+            return record.summarise(s, job.id)
 
     for name, call in (("page of 1 000", page), ("plot of 500 points", plot), ("summary", summary)):
         times = _times(call, repetitions)

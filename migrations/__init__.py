@@ -1,1 +1,1 @@
-"""Schema migrations, run by `halfstep.service.store.schema.migrate`; the steps are in `versions`."""
+"""Schema migrations, run by `halfstep.service.store.sql.schema.migrate`; the steps are in `versions`."""

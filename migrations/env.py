@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection that `halfstep.service.store.schema.migrate` opened and locked."""
+"""Alembic's entry: it runs on the connection that `store.sql.schema.migrate` opened and locked."""
 
 from alembic import context
 

@@ -21,12 +21,13 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import HalfstepError, NotFound, StoreUnavailable
 from halfstep.service.faultpoints import reach
+from halfstep.service.files.storage import storage
 from halfstep.service.logs import configure
 from halfstep.service.queue import enqueue
 from halfstep.service.settings import Settings
-from halfstep.service.storage import storage
-from halfstep.service.store import jobs, schema
-from halfstep.service.store.database import Database, connect
+from halfstep.service.store import jobs
+from halfstep.service.store.sql import schema
+from halfstep.service.store.sql.database import Database, connect
 
 log = structlog.get_logger(__name__)
 

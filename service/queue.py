@@ -163,3 +163,14 @@ def enqueue(settings: Settings, *job_ids: str) -> bool:
 def broker_reachable(settings: Settings) -> bool:
     """True when the broker answers a PING within about half a second."""
     return _publisher(settings.celery_broker_url).reachable()
+
+
+def wake_worker(settings: Settings, *job_ids: str) -> None:
+    """`enqueue` for a request that has committed: no failure here reaches the client."""
+    try:
+        sent = enqueue(settings, *job_ids)
+    except Exception:  # whatever it is, the dispatcher sends what this could not
+        log.exception("enqueue_failed", job_ids=job_ids)
+    else:
+        if not sent:
+            log.warning("enqueue_failed", job_ids=job_ids, reason="the broker did not take the message")

@@ -17,8 +17,8 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from halfstep.service.store.tables import metadata
 
 LOCAL_SERVER = "postgresql://postgres@127.0.0.1:5432/postgres"

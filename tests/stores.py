@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 
 Fault = Callable[[str], None]
 

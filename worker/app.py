@@ -19,15 +19,16 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from halfstep.service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
+from halfstep.service.files.storage import storage
 from halfstep.service.logs import configure
 from halfstep.service.queue import QUEUE, make_celery
 from halfstep.service.settings import Settings
-from halfstep.service.storage import storage
-from halfstep.service.store import components, schema, workers
-from halfstep.service.store.components import ComponentInfo
-from halfstep.service.store.database import Database, connect
-from halfstep.service.store.jobs import new_job_id
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.fleet.components import ComponentInfo
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.sql import schema
+from halfstep.service.store.sql.database import Database, connect
+from halfstep.service.store.sql.ids import new_job_id
 from halfstep.worker.process import Spawner
 from halfstep.worker.protocol import Ready
 from halfstep.worker.slots import READY_SECONDS, Slot, build_slots

@@ -17,10 +17,10 @@ from halfstep.service.contract.speed import DtypeSpeed
 from halfstep.service.contract.states import ReasonCode
 from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.faultpoints import reach
+from halfstep.service.files.storage import mirror
 from halfstep.service.settings import Settings
-from halfstep.service.storage import mirror
 from halfstep.service.store import events
-from halfstep.service.store.database import Database, connect
+from halfstep.service.store.sql.database import Database, connect
 from halfstep.worker.protocol import Done, Ready, RunOrder
 from halfstep.worker.reporting import FIRST_FENCE, Reporter
 from halfstep.worker.training import components

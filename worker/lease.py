@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.states import RequestedAction
 from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 
 log = structlog.get_logger(__name__)
 

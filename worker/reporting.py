@@ -23,9 +23,9 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.faultpoints import reach
-from halfstep.service.mirror import Mirror
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.files.remote import Mirror
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.sql.database import Database
 from halfstep.worker.training import checkpoint
 from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
 from halfstep.worker.training.errors import TrainingFailure
@@ -116,7 +116,7 @@ class Reporter:
 
         def write(session: Session) -> None:
             jobs.mark_running(session, job, fence)
-            metrics.opened(session, job, fence, total_steps=total_steps)
+            record.opened(session, job, fence, total_steps=total_steps)
             reach("opened.before_commit")
 
         self._put(write, alone=True)
@@ -127,7 +127,7 @@ class Reporter:
         job, fence = self._job_id, self._fence
 
         def write(session: Session) -> None:
-            removed = metrics.truncate_after(session, job, fence, step)
+            removed = record.truncate_after(session, job, fence, step)
             reach("resume.before_commit")
             if step or removed:
                 message = f"resumed after step {step}" if step else "started again from the beginning"
@@ -171,7 +171,7 @@ class Reporter:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """One pass over the held-out split."""
-        self._put(lambda s: metrics.evaluated(s, self._job_id, self._fence, evaluation))
+        self._put(lambda s: record.evaluated(s, self._job_id, self._fence, evaluation))
 
     def checkpointed(self, info: CheckpointInfo) -> None:
         """A checkpoint is safely on disk: refer to it. Queued behind the rows that led to it."""
@@ -339,7 +339,7 @@ class Reporter:
     def _write(self, session: Session, transaction: _Transaction) -> None:
         """Rows first: the store knows them, and so the whole transaction, again should it be sent again."""
         if transaction.live is not None:
-            if not metrics.append(session, self._job_id, self._fence, transaction.rows, transaction.live):
+            if not record.append(session, self._job_id, self._fence, transaction.rows, transaction.live):
                 return  # committed before, and the answer was lost
             reach("report.before_commit")
         for entry in transaction.entries:

@@ -21,8 +21,8 @@ from halfstep.service.faultpoints import reach
 from halfstep.service.queue import RUN_JOB, enqueue
 from halfstep.service.settings import Settings
 from halfstep.service.store import events, jobs
-from halfstep.service.store.database import Database
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.sql.database import Database
 from halfstep.worker import memory_kills
 from halfstep.worker.lease import LeaseKeeper
 from halfstep.worker.process import ChildProcess

@@ -16,7 +16,7 @@ _STATES = (
 
 
 def upgrade() -> None:
-    """Create everything; the comments that explain it are in service/store/tables.py."""
+    """Create everything; the comments that explain it are in service/store/tables/__init__.py."""
     op.create_table(
         "api_keys",
         sa.Column("id", _ID, nullable=False),

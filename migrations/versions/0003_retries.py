@@ -10,6 +10,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column and the index; service/store/tables.py explains them."""
+    """Add the column and the index; service/store/tables/__init__.py explains them."""
     op.add_column("jobs", sa.Column("from_checkpoint", sa.BigInteger(), nullable=True))
     op.create_index("checkpoints_by_path", "checkpoints", ["path"])

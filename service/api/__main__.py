@@ -15,11 +15,11 @@ from halfstep.service import logs
 from halfstep.service.api.app import create_app
 from halfstep.service.api.context import Context
 from halfstep.service.errors import ConfigurationError, StoreUnavailable
+from halfstep.service.files.storage import storage
 from halfstep.service.settings import Settings
-from halfstep.service.storage import storage
-from halfstep.service.store import keys
-from halfstep.service.store.database import Database, connect
-from halfstep.service.store.schema import check_current
+from halfstep.service.store.sql.database import Database, connect
+from halfstep.service.store.sql.schema import check_current
+from halfstep.service.store.tenants import keys
 
 DATABASE_WAIT_SECONDS = 30.0
 GRACE_SECONDS = 20
@@ -61,7 +61,7 @@ def main() -> int:
         storage(settings)  # a URL that nothing serves is told now
         _when_reachable(database)
         check_current(database)
-        refuse_open_door(settings, database)
+        refuse_keyless(settings, database)
         app = create_app(settings, database)
         config = uvicorn.Config(
             app,
@@ -86,7 +86,7 @@ def main() -> int:
     return 0
 
 
-def refuse_open_door(settings: Settings, database: Database) -> None:
+def refuse_keyless(settings: Settings, database: Database) -> None:
     """Refuse to listen beyond this machine while anybody could use the server.
 
     Raises:

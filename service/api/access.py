@@ -1,8 +1,8 @@
 """Who is calling, and what the call's key allows.
 
 With a key configured every request but `/health/…` needs one. Without, the server answers this machine alone,
-as tenant `default` with all scopes. What the database said of a key holds for a second (`door`): that much
-later a revoked key, or the first one ever made, takes effect.
+as tenant `default` with all scopes. What the database said of a key holds for a second (`known_keys`): that
+much later a revoked key, or the first one ever made, takes effect.
 """
 
 import ipaddress
@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.context import Context, context_of
-from halfstep.service.api.door import Caller
-from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.requests.known_keys import Caller
 
 Scope = Literal["read", "submit", "admin"]
 NOBODY_IN_PARTICULAR = Caller("default", frozenset({"read", "submit", "admin"}))
@@ -43,7 +43,7 @@ async def identify(request: Request, credentials: Credentials) -> Caller:
         if "authorization" in request.headers:
             raise _unauthorized("The authorization header is not of the form: Bearer tk_…")
         return await _without_key(request, context)
-    caller = await context.door.caller(credentials.credentials)
+    caller = await context.known_keys.caller(credentials.credentials)
     if caller is None:
         raise _unauthorized(
             "This key is unknown, expired or revoked; `halfstep keys list` shows the valid ones."
@@ -73,7 +73,7 @@ Submitter = Annotated[Caller, Depends(requires("submit"))]
 
 async def _without_key(request: Request, context: Context) -> Caller:
     # Also where every key is revoked or expired: losing the last one must not open the server.
-    if not await context.door.is_open():
+    if not await context.known_keys.keyless():
         raise _unauthorized("This server needs a key: send the header authorization: Bearer tk_…")
     # A page in a local browser can reach a loopback port under a name that its own DNS points here
     # (rebinding): such a request carries that name, and gets nothing.

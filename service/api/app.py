@@ -6,30 +6,20 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from halfstep.service.api import openapi, problems
+from halfstep.service.api.answers import openapi, problems
 from halfstep.service.api.context import Context
-from halfstep.service.api.door import Door
-from halfstep.service.api.feed import Feed
-from halfstep.service.api.intake import Intake
-from halfstep.service.api.request_id import RequestIds
-from halfstep.service.api.routes import (
-    checkpoints,
-    components,
-    control,
-    docs,
-    events,
-    health,
-    jobs,
-    metrics,
-    stats,
-    stream,
-    workers,
-)
-from halfstep.service.api.summaries import Summaries
-from halfstep.service.api.watch import JobWatcher
+from halfstep.service.api.following.changes import JobWatcher
+from halfstep.service.api.following.feed import Feed
+from halfstep.service.api.following.summaries import Summaries
+from halfstep.service.api.requests.known_keys import KnownKeys
+from halfstep.service.api.requests.request_log import RequestIds
+from halfstep.service.api.routes import components, docs, health, workers
+from halfstep.service.api.routes.jobs import checkpoints, control, jobs
+from halfstep.service.api.routes.progress import events, metrics, stats, stream
+from halfstep.service.api.submitting.intake import Intake
 from halfstep.service.settings import Settings
-from halfstep.service.store import metrics as record
-from halfstep.service.store.database import Database, connect
+from halfstep.service.store import record
+from halfstep.service.store.sql.database import Database, connect
 
 API_VERSION = "1.0"
 """Of the HTTP contract, which changes less often than the package."""
@@ -88,7 +78,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     app.state.context = Context(
         settings=settings,
         database=store,
-        door=Door(store),
+        known_keys=KnownKeys(store),
         watcher=watcher,
         feed=Feed.of(store),
         summaries=Summaries(store),

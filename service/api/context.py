@@ -5,13 +5,13 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from halfstep.service.api.door import Door
-from halfstep.service.api.feed import Feed
-from halfstep.service.api.intake import Intake
-from halfstep.service.api.summaries import Summaries
-from halfstep.service.api.watch import JobWatcher
+from halfstep.service.api.following.changes import JobWatcher
+from halfstep.service.api.following.feed import Feed
+from halfstep.service.api.following.summaries import Summaries
+from halfstep.service.api.requests.known_keys import KnownKeys
+from halfstep.service.api.submitting.intake import Intake
 from halfstep.service.settings import Settings
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Context:
 
     settings: Settings
     database: Database
-    door: Door
+    known_keys: KnownKeys
     watcher: JobWatcher
     feed: Feed
     summaries: Summaries

@@ -12,8 +12,8 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from halfstep.service.cli.client import ServerRefused
 from halfstep.service.cli.render import problem
+from halfstep.service.client.http import ServerRefused
 from halfstep.service.errors import HalfstepError
 
 # Who owns which command. Only the owner of the one that is asked for is imported: `halfstep stats` need not

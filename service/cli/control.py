@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from halfstep.service.cli.client import Api
-from halfstep.service.cli.download import fetch
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
 from halfstep.service.cli.render import checkpoints_table, print_wide
+from halfstep.service.client.downloads import fetch
+from halfstep.service.client.http import Api
 from halfstep.service.errors import NotFound
 
 FromCheckpoint = Annotated[

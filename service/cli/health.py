@@ -13,8 +13,9 @@ import typer
 
 from halfstep.service.errors import HalfstepError
 from halfstep.service.settings import Settings
-from halfstep.service.store import jobs, workers
-from halfstep.service.store.database import Database, connect
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import workers
+from halfstep.service.store.sql.database import Database, connect
 
 OVERDUE_SECONDS = 60.0  # the dispatcher's rounds are a second apart
 API_TIMEOUT_SECONDS = 3.0

@@ -7,11 +7,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from halfstep.service.cli.client import Api
-from halfstep.service.cli.live import follow, view_for
+from halfstep.service.cli.live import view_for
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
 from halfstep.service.cli.render import jobs_table, print_wide, stats_table
 from halfstep.service.cli.specfile import read_spec
+from halfstep.service.client.http import Api
+from halfstep.service.client.watching import follow
 from halfstep.service.contract.states import JobState
 
 SpecFile = Annotated[

@@ -16,9 +16,9 @@ from rich.text import Text
 from halfstep.service.cli.render import print_wide
 from halfstep.service.errors import ConfigurationError, NotFound
 from halfstep.service.settings import Settings
-from halfstep.service.store import keys as stored
-from halfstep.service.store.database import Database, connect
-from halfstep.service.store.schema import check_current
+from halfstep.service.store.sql.database import Database, connect
+from halfstep.service.store.sql.schema import check_current
+from halfstep.service.store.tenants import keys as stored
 
 app = typer.Typer(help="API keys, directly in the database.", no_args_is_help=True)
 

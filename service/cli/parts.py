@@ -19,18 +19,18 @@ from typing import Annotated, NoReturn
 import httpx
 import typer
 
-from halfstep.service.cli import broker
-from halfstep.service.cli.instance import held
-from halfstep.service.cli.merged_log import MergedLog
-from halfstep.service.cli.supervisor import Part, Supervisor
+from halfstep.service.cli.up import broker
+from halfstep.service.cli.up.instance import held
+from halfstep.service.cli.up.merged_log import MergedLog
+from halfstep.service.cli.up.supervisor import Part, Supervisor
 from halfstep.service.errors import ConfigurationError
+from halfstep.service.files.storage import storage
 from halfstep.service.settings import Settings
-from halfstep.service.storage import storage
-from halfstep.service.store.database import connect
-from halfstep.service.store.keys import SCOPES, import_secret
-from halfstep.service.store.schema import check_current
-from halfstep.service.store.schema import migrate as migrate_database
-from halfstep.service.store.upkeep import give_back_held
+from halfstep.service.store.jobs.upkeep import give_back_held
+from halfstep.service.store.sql.database import connect
+from halfstep.service.store.sql.schema import check_current
+from halfstep.service.store.sql.schema import migrate as migrate_database
+from halfstep.service.store.tenants.keys import SCOPES, import_secret
 
 # The worker has HALFSTEP_DRAIN_SECONDS and a little more, the others what is left of the whole: with the
 # default everything is gone within 30 s.

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from halfstep.service.cli.client import ServerRefused
+from halfstep.service.client.http import ServerRefused
 
 STATE_STYLES = {
     "queued": "yellow", "starting": "cyan", "running": "bold cyan", "pausing": "yellow", "paused": "yellow",

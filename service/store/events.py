@@ -10,8 +10,8 @@ from typing import Any, Literal
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.store.clock import db_now
-from halfstep.service.store.records import absent, known_shape, lock_fenced, storable
+from halfstep.service.store.job_rows import absent, known_shape, lock_fenced, storable
+from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_events, job_stats
 
 EventType = Literal[

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.fleet.components import ComponentInfo
 
 
 def _params(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:

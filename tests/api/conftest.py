@@ -12,10 +12,11 @@ from starlette.testclient import TestClient
 from halfstep.service import queue
 from halfstep.service.api import create_app
 from halfstep.service.contract.metrics import LiveStats, StepMetrics
+from halfstep.service.files.storage import MODEL_FILE
 from halfstep.service.settings import Settings
-from halfstep.service.storage import MODEL_FILE
-from halfstep.service.store import components, jobs, metrics, workers
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.sql.database import Database
 from tests.databases import _migrated_file, _migrated_postgres, database, database_url
 
 from .catalogue import INFOS
@@ -100,7 +101,7 @@ class Trainer:
     def steps(self, job_id: str, fence: int, first: int, last: int, **changes: Any) -> None:
         """Append the steps first..last; `changes` replace values of every row."""
         with self._database.begin() as session:
-            metrics.append(
+            record.append(
                 session, job_id, fence, [step_row(step, **changes) for step in range(first, last + 1)], LIVE
             )
 

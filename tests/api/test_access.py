@@ -9,12 +9,13 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from halfstep.service.api import create_app
-from halfstep.service.api.__main__ import refuse_open_door
-from halfstep.service.api.door import KEEP_SECONDS, Caller, Door
+from halfstep.service.api.__main__ import refuse_keyless
+from halfstep.service.api.requests.known_keys import KEEP_SECONDS, Caller, KnownKeys
 from halfstep.service.errors import ConfigurationError
 from halfstep.service.settings import Settings
-from halfstep.service.store import components, keys
-from halfstep.service.store.database import Database
+from halfstep.service.store.fleet import components
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.tenants import keys
 
 from .catalogue import INFOS
 from .conftest import SPEC
@@ -131,9 +132,9 @@ def test_with_a_key_configured_every_path_asks_for_one(
 @pytest.fixture
 def later(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets seconds pass for what is remembered of keys, and for nothing else."""
-    door: Door = client.app.state.context.door  # type: ignore[attr-defined]  # TestClient's app is any ASGI callable
+    known_keys: KnownKeys = client.app.state.context.known_keys  # type: ignore[attr-defined]  # TestClient's app is any ASGI callable
     now = time.monotonic()
-    monkeypatch.setattr(door, "_clock", lambda: now)
+    monkeypatch.setattr(known_keys, "_clock", lambda: now)
 
     def pass_seconds(seconds: float) -> None:
         nonlocal now
@@ -197,20 +198,20 @@ def test_requests_that_come_together_ask_for_what_they_share_once(
     monkeypatch.setattr(keys, "authenticate", counted)
     monkeypatch.setattr(keys, "list_keys", counted_list)
 
-    async def together(door: Door, *secrets: str | None) -> list[object]:
+    async def together(known_keys: KnownKeys, *secrets: str | None) -> list[object]:
         return await asyncio.gather(
-            *(door.is_open() if secret is None else door.caller(secret) for secret in secrets)
+            *(known_keys.keyless() if secret is None else known_keys.caller(secret) for secret in secrets)
         )
 
     now = 0.0
-    door = Door(database, clock=lambda: now)
-    assert asyncio.run(together(door, None, None, None)) == [True] * 3
+    known_keys = KnownKeys(database, clock=lambda: now)
+    assert asyncio.run(together(known_keys, None, None, None)) == [True] * 3
     assert asked == ["any?"]
     mine, theirs = (new_key(tenant)["authorization"].removeprefix("Bearer ") for tenant in ("a", "b"))
     for _ in range(2):
         asked.clear()
         now += KEEP_SECONDS
-        found = asyncio.run(together(door, mine, theirs, "tk_none", mine, None, theirs, mine))
+        found = asyncio.run(together(known_keys, mine, theirs, "tk_none", mine, None, theirs, mine))
         tenants = [one.tenant if isinstance(one, Caller) else one for one in found]
         assert tenants == ["a", "b", None, "a", False, "b", "a"]
         assert sorted(asked) == sorted([mine, theirs, "tk_none", "any?"])
@@ -266,10 +267,10 @@ def test_no_port_is_opened_to_others_without_an_active_key(
     settings: Settings, database: Database, new_key: NewKey
 ) -> None:
     for loopback in ("127.0.0.1", "::1", "localhost", "127.3.2.1"):
-        refuse_open_door(settings.model_copy(update={"host": loopback}), database)
+        refuse_keyless(settings.model_copy(update={"host": loopback}), database)
     beyond = Settings(data_dir=settings.data_dir, host="0.0.0.0", database_url=settings.database_url)
     new_key(expires_at=time.time() - 60)
     with pytest.raises(ConfigurationError, match="halfstep keys create"):
-        refuse_open_door(beyond, database)
+        refuse_keyless(beyond, database)
     new_key()
-    refuse_open_door(beyond, database)
+    refuse_keyless(beyond, database)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep.service.api.body import MAX_DEPTH, MAX_DIGITS, parse
-from halfstep.service.api.problems import ProblemError
+from halfstep.service.api.answers.problems import ProblemError
+from halfstep.service.api.requests.body import MAX_DEPTH, MAX_DIGITS, parse
 from halfstep.service.errors import InvalidRequest
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from halfstep.service.api.catalogue import check_components, with_defaults
+from halfstep.service.api.submitting.components import check_components, with_defaults
 from halfstep.service.contract.spec import JobSpec
-from halfstep.service.store.components import ComponentInfo
+from halfstep.service.store.fleet.components import ComponentInfo
 
 from .catalogue import CATALOGUE
 

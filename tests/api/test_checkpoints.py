@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from halfstep.service.api.ranges import Unsatisfiable, requested
+from halfstep.service.api.answers.byte_ranges import Unsatisfiable, requested
 from halfstep.service.contract.states import JobState
+from halfstep.service.files.storage import MODEL_FILE
 from halfstep.service.settings import Settings
-from halfstep.service.storage import MODEL_FILE
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 from tests.stores import Store, store_in
 
 from .conftest import Trainer

@@ -15,9 +15,11 @@ from halfstep.service.api import create_app
 from halfstep.service.api.export import render
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.settings import Settings
-from halfstep.service.store import components, jobs, keys, workers
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
+from halfstep.service.store.tenants import keys
 
 from .catalogue import INFOS
 from .conftest import CPU, SPEC, Trainer

@@ -8,8 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from halfstep.service.contract.states import JobState
-from halfstep.service.store import jobs, keys
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.ids import new_job_id
+from halfstep.service.store.tenants import keys
 
 from .conftest import SPEC, Trainer
 
@@ -71,7 +72,7 @@ def test_another_tenants_job_and_no_job_are_not_found(
     with database.begin() as session:
         _, secret = keys.create(session, tenant="zeta", name="k", scopes=("admin",), expires_at=None)
     headers = {"authorization": f"Bearer {secret}"}
-    for wanted in (job_id, jobs.new_job_id(), "nothing"):
+    for wanted in (job_id, new_job_id(), "nothing"):
         assert post(client, wanted, verb, 404, headers=headers)["code"] == "not_found"
         assert client.get(f"/jobs/{wanted}/checkpoints", headers=headers).status_code == 404
         assert client.get(f"/jobs/{wanted}/checkpoints/1/model", headers=headers).status_code == 404

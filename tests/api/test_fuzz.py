@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from halfstep.service.api import create_app, examples
+from halfstep.service.api import create_app
+from halfstep.service.contract import examples
 from halfstep.service.settings import Settings
-from halfstep.service.store import components, workers
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from tests.databases import empty_database
 
 from .catalogue import INFOS

@@ -9,13 +9,14 @@ import pytest
 from sqlalchemy.orm import Session
 
 from halfstep.service import queue
-from halfstep.service.api.body import JsonBody, parse
-from halfstep.service.api.intake import Intake, Order, Taken
+from halfstep.service.api.requests.body import JsonBody, parse
+from halfstep.service.api.submitting.intake import Intake, Order, Taken
 from halfstep.service.errors import InvalidRequest, StoreUnavailable
 from halfstep.service.settings import Settings
-from halfstep.service.store import components, jobs
-from halfstep.service.store.components import ComponentInfo
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import components
+from halfstep.service.store.fleet.components import ComponentInfo
+from halfstep.service.store.sql.database import Database
 
 from .catalogue import INFOS
 from .conftest import SPEC
@@ -113,7 +114,7 @@ def test_one_that_cannot_be_stored_fails_alone(
 def test_a_defect_that_one_body_meets_is_not_the_others(
     settings: Settings, database: Database, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halfstep.service.api import intake
+    from halfstep.service.api.submitting import intake
 
     read_spec = intake.read_spec
 

@@ -16,8 +16,9 @@ from halfstep.service import queue
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.settings import Settings
-from halfstep.service.store import jobs, workers
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import workers
+from halfstep.service.store.sql.database import Database
 
 from .conftest import CPU, SPEC, Trainer
 

@@ -15,8 +15,9 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.testclient import TestClient
 
-from halfstep.service.api import create_app, examples, schemas
+from halfstep.service.api import create_app
 from halfstep.service.api.export import render
+from halfstep.service.contract import answers, examples
 from halfstep.service.contract.spec import JobSpec, RetryRequest
 from halfstep.service.settings import Settings
 
@@ -74,18 +75,18 @@ def test_every_operation_declares_its_failures_and_has_an_example(document: dict
 @pytest.mark.parametrize(
     ("model", "example"),
     [
-        (schemas.Job, examples.JOB),
-        (schemas.Stats, examples.STATS),
-        (schemas.MetricsPage, examples.METRICS),
-        (schemas.EventPage, examples.EVENTS),
-        (schemas.Checkpoint, examples.CHECKPOINT),
-        (schemas.StreamState, examples.STREAM_STATE),
-        (schemas.StreamMetrics, examples.STREAM_METRICS),
-        (schemas.StreamEnd, examples.STREAM_END),
-        (schemas.Component, examples.COMPONENT),
-        (schemas.Worker, examples.WORKER),
-        (schemas.Problem, examples.PROBLEM),
-        (schemas.DryRun, examples.RESOLVED),
+        (answers.Job, examples.JOB),
+        (answers.Stats, examples.STATS),
+        (answers.MetricsPage, examples.METRICS),
+        (answers.EventPage, examples.EVENTS),
+        (answers.Checkpoint, examples.CHECKPOINT),
+        (answers.StreamState, examples.STREAM_STATE),
+        (answers.StreamMetrics, examples.STREAM_METRICS),
+        (answers.StreamEnd, examples.STREAM_END),
+        (answers.Component, examples.COMPONENT),
+        (answers.Worker, examples.WORKER),
+        (answers.Problem, examples.PROBLEM),
+        (answers.DryRun, examples.RESOLVED),
         *((RetryRequest, example["value"]) for example in examples.RETRIES.values()),
         *((JobSpec, example["value"]) for example in examples.SUBMISSIONS.values()),
     ],
@@ -115,7 +116,7 @@ def test_real_answers_are_of_their_schemas(
     trainer.end(
         job_id,
         fence,
-        schemas.JobState.FAILED,
+        answers.JobState.FAILED,
         code="non_finite_loss",
         message="The loss is NaN.",
         detail="step 3",

@@ -11,8 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from halfstep.service.contract.metrics import METRIC_COLUMNS, Evaluation
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.sql.database import Database
 
 from .conftest import Trainer
 
@@ -58,11 +58,11 @@ def test_the_summary_follows_the_steps(
 ) -> None:
     job_id, fence = running
     with database.begin() as session:
-        metrics.opened(session, job_id, fence, total_steps=8)
+        record.opened(session, job_id, fence, total_steps=8)
     trainer.steps(job_id, fence, 1, 4)
     with database.begin() as session:
         found = Evaluation(step=4, split="test", loss=math.inf, metrics={"accuracy": 0.5}, seconds=0.1)
-        metrics.evaluated(session, job_id, fence, found)
+        record.evaluated(session, job_id, fence, found)
     stats = client.get(f"/jobs/{job_id}/stats").json()
     assert (stats["state"], stats["current_step"], stats["total_steps"], stats["progress"]) == (
         "running",
@@ -111,19 +111,19 @@ def test_no_kind_of_change_is_answered_with_304(
     fence = trainer.claim(job_id)
     assert changed()["state"] == "running"
     with database.begin() as session:
-        metrics.opened(session, job_id, fence, total_steps=8)
+        record.opened(session, job_id, fence, total_steps=8)
     assert changed()["total_steps"] == 8
     trainer.steps(job_id, fence, 1, 4)
     assert changed()["current_step"] == 4
     with database.begin() as session:
         found = Evaluation(step=4, split="test", loss=0.5, metrics={}, seconds=0.1)
-        metrics.evaluated(session, job_id, fence, found)
+        record.evaluated(session, job_id, fence, found)
     assert changed()["evaluation"]["loss"] == 0.5
     with database.begin() as session:
         events.append(session, job_id, type="alert", level="warning", message="Look.")
     changed()
     with database.begin() as session:
-        metrics.truncate_after(session, job_id, fence, 2)
+        record.truncate_after(session, job_id, fence, 2)
     assert changed()["current_step"] == 2
     with database.begin() as session:
         jobs.release(session, job_id, fence, charge_attempt=True, why="lost")

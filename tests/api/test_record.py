@@ -11,8 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from halfstep.service.contract.metrics import FLAG_COLUMNS
-from halfstep.service.store import metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import record
+from halfstep.service.store.sql.database import Database
 from tests.store.test_plots import brute_force
 
 from .conftest import LIVE, Trainer, step_row
@@ -151,7 +151,7 @@ def test_a_plot_keeps_first_last_extremes_and_counts_of_every_bucket_in_each_for
         for n in range(1, 104)
     ]
     with database.begin() as session:
-        metrics.append(session, job_id, fence, rows, LIVE)
+        record.append(session, job_id, fence, rows, LIVE)
     path = f"/jobs/{job_id}/metrics?max_points=10"
     page = client.get(path).json()
     assert (page["downsampled"], page["bucket_steps"], page["count"], page["last_step"]) == (

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from halfstep.service.api import create_app
 from halfstep.service.contract.precision import MixedPrecisionMode
 from halfstep.service.settings import Settings
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 
 from .conftest import SPEC
 
@@ -174,7 +174,7 @@ def test_json_is_json_however_it_is_spelled(client: TestClient, content_type: st
 
 def test_a_mode_that_cannot_be_run_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     runnable = frozenset({MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING})
-    monkeypatch.setattr("halfstep.service.api.validation.SUPPORTED_MODES", runnable)
+    monkeypatch.setattr("halfstep.service.api.submitting.document.SUPPORTED_MODES", runnable)
     answer = post(client, with_raw("/precision/mode", '"adaptive"'))
     assert check_problem(answer, 422)["errors"] == [
         {

@@ -15,9 +15,10 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from halfstep.service.store import components, keys, workers
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
+from halfstep.service.store.tenants import keys
 
 from .catalogue import INFOS
 from .conftest import CPU, SPEC, Trainer

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from halfstep.service.store import components, workers
-from halfstep.service.store.components import ComponentInfo
-from halfstep.service.store.database import Database
+from halfstep.service.store.fleet import components, workers
+from halfstep.service.store.fleet.components import ComponentInfo
+from halfstep.service.store.sql.database import Database
 
 from .conftest import CPU, SPEC
 

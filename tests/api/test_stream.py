@@ -13,13 +13,14 @@ from fastapi import FastAPI
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from halfstep.service.api import event_stream, watch
 from halfstep.service.api.context import Context
-from halfstep.service.api.feed import Feed, Page, parse_token, token
+from halfstep.service.api.following import changes, event_stream
+from halfstep.service.api.following.feed import Feed, Page, parse_token, token
 from halfstep.service.errors import StoreUnavailable
-from halfstep.service.store import events, jobs, keys, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.following import News, Position
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.record.following import News, Position
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.tenants import keys
 from halfstep.worker.reporting import Reporter
 
 from .conftest import LIVE, Trainer, step_row
@@ -126,7 +127,7 @@ def begun(listener: Listener) -> bool:
     return "state" in listener.kinds()
 
 
-def record(messages: list[Message]) -> dict[int, Any]:
+def kept(messages: list[Message]) -> dict[int, Any]:
     """Losses by step, as the documentation tells a client to keep them."""
     held: dict[int, Any] = {}
     for message in messages:
@@ -320,7 +321,7 @@ def test_a_listener_of_a_resumed_job_has_its_final_record(
     def take(fence: int, first: int, last: int, loss: float) -> None:
         rows = [step_row(step, loss=loss + step) for step in range(first, last + 1)]
         with database.begin() as session:
-            metrics.append(session, job_id, fence, rows, LIVE)
+            record.append(session, job_id, fence, rows, LIVE)
 
     def resume(old_fence: int, kept: int) -> int:
         with database.begin() as session:
@@ -360,8 +361,8 @@ def test_a_listener_of_a_resumed_job_has_its_final_record(
             async with listening(app, path, last_event_id=back.messages[-1].id) as again:
                 await again.until(lambda it: it.finished)
             final = {step: step + (1000.0 if step > 100 else 0.0) for step in range(1, 351)}
-            assert record(stays.messages) == final
-            assert record([*leaves.messages, *back.messages, *again.messages]) == final
+            assert kept(stays.messages) == final
+            assert kept([*leaves.messages, *back.messages, *again.messages]) == final
 
     run(scenario)
 
@@ -524,7 +525,7 @@ def test_the_end_of_the_process_ends_every_stream(
     app: FastAPI, context: Context, submit: Submit, ended: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = submit()
-    monkeypatch.setattr(watch, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(changes, "STOP_SECONDS", 0.05)
 
     async def scenario() -> None:
         async with (

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from halfstep.service.api.body import JsonBody
-from halfstep.service.api.pointers import locate, pointer, suggestion
-from halfstep.service.api.validation import read_spec
+from halfstep.service.api.requests.body import JsonBody
+from halfstep.service.api.requests.pointers import locate, pointer, suggestion
+from halfstep.service.api.submitting.document import read_spec
 from halfstep.service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
 from halfstep.service.errors import InvalidRequest
 
@@ -109,7 +109,7 @@ def test_a_contradiction_in_precision_points_at_its_field(precision: dict[str, A
 @pytest.mark.parametrize("mode", ["manual", "selective", "adaptive"])
 def test_a_mode_that_is_not_offered_names_those_that_are(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runnable = frozenset({MixedPrecisionMode.AUTOMATIC, MixedPrecisionMode.GRADIENT_SCALING})
-    monkeypatch.setattr("halfstep.service.api.validation.SUPPORTED_MODES", runnable)
+    monkeypatch.setattr("halfstep.service.api.submitting.document.SUPPORTED_MODES", runnable)
     place, detail = refused(precision={"mode": mode})[0]
     assert place == "/precision/mode"
     assert "'automatic' and 'gradient_scaling'" in detail

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.context import Context
-from halfstep.service.api.problems import ProblemError
-from halfstep.service.api.watch import JobWatcher
+from halfstep.service.api.following.changes import JobWatcher
 from halfstep.service.errors import StoreUnavailable
 
 from .conftest import Trainer

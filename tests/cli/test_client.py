@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from halfstep.service.cli import live
+from halfstep.service.client import watching
 from tests.cli.stub import Answer, Asked
 
 ID = "01a208d3-6485-7a26-8d7f-6d81f0290b39"
@@ -325,7 +325,7 @@ def test_watching_ends_with_the_jobs_outcome(serve, halfstep, spec, state: str, 
 
 
 def test_watching_asks_only_for_what_has_changed(serve, halfstep, monkeypatch) -> None:
-    monkeypatch.setattr(live, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "PAUSE_SECONDS", 0.01)
     final, ended = over("succeeded")
     script = [
         Answer(200, STATS, {"etag": '"1"'}),
@@ -350,7 +350,7 @@ def test_watching_asks_only_for_what_has_changed(serve, halfstep, monkeypatch) -
 
 
 def test_watching_outlives_a_service_that_is_away_for_a_while(serve, halfstep, monkeypatch) -> None:
-    monkeypatch.setattr(live, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "FIRST_RETRY_SECONDS", 0.01)
     final, job = over("succeeded")
     script = [
         Answer(503, {"title": "Service Unavailable", "detail": "The database is away."}),
@@ -373,8 +373,8 @@ def test_watching_outlives_a_service_that_is_away_for_a_while(serve, halfstep, m
 def test_watching_gives_up_in_the_end_and_at_once_where_waiting_is_no_help(
     serve, halfstep, monkeypatch
 ) -> None:
-    monkeypatch.setattr(live, "FIRST_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(live, "AWAY_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "AWAY_SECONDS", 0.2)
     stub = serve(lambda asked: Answer(503, {"title": "Service Unavailable", "detail": "away"}))
     assert halfstep("watch", ID).code == 1
     assert len(stub.asked) > 2
@@ -390,7 +390,7 @@ def test_interrupting_the_view_leaves_the_job(serve, halfstep, monkeypatch) -> N
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("halfstep.service.cli.live.time.sleep", interrupted)
+    monkeypatch.setattr("halfstep.service.client.watching.time.sleep", interrupted)
     ran = halfstep("watch", ID)
     assert ran.code == 130
     assert f"halfstep cancel {ID}" in ran.out

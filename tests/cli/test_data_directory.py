@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.cli import broker
-from halfstep.service.cli.instance import LOCK_FILE, held
+from halfstep.service.cli.up import broker
+from halfstep.service.cli.up.instance import LOCK_FILE, held
 from halfstep.service.errors import ConfigurationError
 
 
@@ -33,7 +33,7 @@ def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
 
 def test_a_killed_holder_holds_no_more(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from halfstep.service.cli.instance import held\n"
+        "import sys, time; from pathlib import Path; from halfstep.service.cli.up.instance import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)

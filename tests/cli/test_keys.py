@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.store import keys
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.tenants import keys
 
 
 @pytest.fixture

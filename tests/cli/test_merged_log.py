@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from halfstep.service.cli.merged_log import LONGEST_LINE, LineReader, MergedLog
+from halfstep.service.cli.up.merged_log import LONGEST_LINE, LineReader, MergedLog
 
 
 class Pipe:

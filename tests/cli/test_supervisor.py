@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.cli import supervisor
-from halfstep.service.cli.merged_log import MergedLog
-from halfstep.service.cli.supervisor import Part, StartFailed, Supervisor
+from halfstep.service.cli.up import supervisor
+from halfstep.service.cli.up.merged_log import MergedLog
+from halfstep.service.cli.up.supervisor import Part, StartFailed, Supervisor
 from tests.e2e.cluster import alive, wait_for
 
 # Announces itself, then waits to be stopped; what it does then depends on its second argument.
@@ -188,8 +188,8 @@ def test_a_second_request_kills_what_is_left(monkeypatch: pytest.MonkeyPatch) ->
 DRIVER = textwrap.dedent(
     """
     import asyncio, os, signal, sys
-    from halfstep.service.cli.merged_log import MergedLog
-    from halfstep.service.cli.supervisor import Part, Supervisor
+    from halfstep.service.cli.up.merged_log import MergedLog
+    from halfstep.service.cli.up.supervisor import Part, Supervisor
     child = sys.argv[1]
     def part(name, manner, **more):
         command = (sys.executable, "-I", "-S", "-c", child, name, manner)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfstep.service.cli.app import OWNERS, command_tree
-from halfstep.service.cli.instance import held
+from halfstep.service.cli.up.instance import held
 
 
 @pytest.fixture

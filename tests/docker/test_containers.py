@@ -139,7 +139,7 @@ def test_secrets_are_made_once_and_fit_the_compose_file(tmp_path: Path) -> None:
 
 def test_the_broker_starts_with_the_password_that_compose_gives_it(tmp_path: Path) -> None:
     """The broker's own command line, under the embedded server."""
-    from halfstep.service.cli.broker import server_binary
+    from halfstep.service.cli.up.broker import server_binary
 
     command = services(DOCKER / "compose.yaml")["broker"]["command"]
     password = tmp_path / "broker_password"

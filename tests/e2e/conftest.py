@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import redis
 
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.schema import migrate
 from tests.databases import postgres_database as new_postgres_database
 
 LOCAL_SERVER = "redis://127.0.0.1:6379"

@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy import text
 
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from tests.databases import KINDS, empty_database
 from tests.e2e.cluster import ROOT, Cluster, wait_for
 from tests.e2e.conftest import own_redis

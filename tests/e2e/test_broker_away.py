@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.schema import migrate
 from tests.e2e.cluster import Cluster, free_port
 from tests.e2e.test_installation import long_job
 

@@ -10,8 +10,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from halfstep.service.contract.metrics import METRIC_COLUMNS
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.sql.database import Database
 from halfstep.worker.training import restoring
 from halfstep.worker.training.checkpoint import CheckpointRef
 from halfstep.worker.training.errors import CheckpointDamaged
@@ -94,7 +94,7 @@ def seen(s: Session, job_id: str, data_dir: Path) -> Seen:
         code=None if job.status_reason is None else job.status_reason["code"],
         variant=job.tags.get("variant", ""),
         states=[(str(step.state), step.at, step.reason) for step in jobs.transitions(s, job_id)],
-        columns=metrics.read(s, job_id, limit=1_000_000, fields=list(METRIC_COLUMNS)).columns,
+        columns=record.read(s, job_id, limit=1_000_000, fields=list(METRIC_COLUMNS)).columns,
         checkpoints=[
             Saved(kept.step, kept.fence, kept.sha256, _loads(kept, data_dir))
             for kept in jobs.checkpoints(s, job_id)

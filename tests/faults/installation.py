@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.faultpoints import HITS, VARIABLE
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from tests.e2e.cluster import Cluster, children_of
 from tests.faults import audit
 from tests.faults.proxy import Proxy

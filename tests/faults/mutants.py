@@ -36,15 +36,15 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "drop the fence",
-        (("service/store/records.py", '            jobs.c.fence == bindparam("under"),\n', ""),),
+        (("service/store/job_rows.py", '            jobs.c.fence == bindparam("under"),\n', ""),),
         ("freeze worker and child",),
         ("nothing is written under an old fence",),
     ),
     Mutant(
         "drop the metric key",
         (
-            ("service/store/metrics.py", "    if first != stored.current_step + 1:", "    if False:"),
-            ("service/store/metrics.py", "    if seen <= step:", "    if True:"),
+            ("service/store/record/writing.py", "    if first != stored.current_step + 1:", "    if False:"),
+            ("service/store/record/writing.py", "    if seen <= step:", "    if True:"),
         ),
         ("kill child",),
         ("steps are each there once", "outcomes are those of the undisturbed run", "acknowledged jobs end"),
@@ -55,7 +55,7 @@ MUTANTS = (
             ("service/queue.py", '"visibility_timeout": 7 * 86400', '"visibility_timeout": 5'),
             ("service/queue.py", "task_acks_late=False", "task_acks_late=True"),
             (
-                "service/store/leases.py",
+                "service/store/jobs/leases.py",
                 "        .where(jobs.c.id == best, jobs.c.state == JobState.QUEUED)",
                 "        .where(jobs.c.id == best if hint is None else jobs.c.id == hint)",
             ),

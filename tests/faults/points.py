@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.service.contract.states import TERMINAL
-from halfstep.service.store import jobs, workers
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import workers
 from tests.faults import audit
 from tests.faults.checker import Change, Violation, check
 from tests.faults.installation import LEASE_SECONDS, Installation

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import migrate
+from halfstep.service.store import jobs, record
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import migrate
 from tests.e2e.cluster import ROOT
 from tests.faults import audit
 from tests.faults.checker import Change
@@ -102,8 +102,8 @@ def test_the_triggers_note_states_steps_and_checkpoints(tmp_path: Path) -> None:
     held = claimed(database)
     with database.begin() as s:
         jobs.mark_running(s, job.id, held.fence)
-        metrics.append(s, job.id, held.fence, steps(1, 4), LIVE)
-        metrics.truncate_after(s, job.id, held.fence, 2)
+        record.append(s, job.id, held.fence, steps(1, 4), LIVE)
+        record.truncate_after(s, job.id, held.fence, 2)
         jobs.record_checkpoint(
             s, job.id, held.fence, step=2, path="x", bytes=1, sha256="0" * 64, metrics=None
         )

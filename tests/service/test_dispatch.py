@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from halfstep.service import dispatch, storage
+from halfstep.service import dispatch
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import StaleFence
+from halfstep.service.files import storage
 from halfstep.service.settings import Settings
-from halfstep.service.store import jobs, metrics, retries
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.jobs import retries
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.ids import new_job_id
 from halfstep.service.store.tables import jobs as job_rows
-from halfstep.service.store.workers import Capability
 from tests.store.making import LIVE, running, steps
 from tests.stores import Store, store_in
 
@@ -182,7 +185,7 @@ def test_checkpoints_that_another_job_refers_to_stay_wherever_they_are(
     settings = Settings(data_dir=tmp_path / "data", checkpoint_url=store.url)
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 20), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 20), LIVE)
         for number in (10, 20):
             path = f"jobs/{job.id}/checkpoints/{number}"
             jobs.record_checkpoint(
@@ -192,7 +195,7 @@ def test_checkpoints_that_another_job_refers_to_stay_wherever_they_are(
                 (place / path).mkdir(parents=True)
                 (place / path / "model.safetensors").touch()
         jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
-        retries.retry(s, job.id, tenant=None, new_id=jobs.new_job_id(), from_checkpoint=10)
+        retries.retry(s, job.id, tenant=None, new_id=new_job_id(), from_checkpoint=10)
         jobs.delete(s, job.id, tenant=None)
     dispatch.one_round(settings, database)
     for place in (store.directory, settings.data_dir):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from halfstep.service.errors import ConfigurationError
-from halfstep.service.mirror import MOST_HANGING, Mirror, MirrorFailed, redacted
+from halfstep.service.files.remote import MOST_HANGING, Mirror, MirrorFailed, redacted
 from tests.stores import Store, cut, flip, store_in
 
 NAMES = ["model", "state", "manifest"]
@@ -153,7 +153,7 @@ def test_what_a_reader_meets_is_told_like_the_rest(tmp_path: Path, store: Store,
 def test_a_reader_waits_for_no_call_longer_than_it_may(
     tmp_path: Path, store: Store, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfstep.service.mirror.READ_SECONDS", 0.2)
+    monkeypatch.setattr("halfstep.service.files.remote.READ_SECONDS", 0.2)
     mirror = store.mirror(tmp_path / "data")
     mirror.put(local, described(local))
     found = mirror.open("jobs/j/one", "model")

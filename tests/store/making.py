@@ -6,9 +6,9 @@ from halfstep.service.contract.metrics import LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
+from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.jobs import Job
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.sql.database import Database
 
 CPU = Capability("cpu", bf16=True, fp16=True, memory_bytes=2**33, device_name="cpu", device_count=1)
 LIVE = LiveStats(

@@ -7,10 +7,11 @@ import pytest
 from sqlalchemy import select
 
 from halfstep.service.errors import InvalidRequest, NotFound
-from halfstep.service.store import components, keys
-from halfstep.service.store.components import ComponentInfo
-from halfstep.service.store.database import Database
+from halfstep.service.store.fleet import components
+from halfstep.service.store.fleet.components import ComponentInfo
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import api_keys
+from halfstep.service.store.tenants import keys
 
 MLP = ComponentInfo("model", "mlp", "Layers of units.", {"type": "object"}, {})
 DIGITS = ComponentInfo("dataset", "digits", "Real digits.", {"type": "object"}, {"task": "classification"})

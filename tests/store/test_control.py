@@ -7,7 +7,7 @@ import pytest
 from halfstep.service.contract.states import JobState, RequestedAction
 from halfstep.service.errors import Conflict, NotFound
 from halfstep.service.store import events, jobs
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 from tests.store.making import CPU, claimed, running, state_of, submitted
 from tests.store.test_lifecycle import _put_into
 

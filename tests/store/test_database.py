@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.settings import Settings
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database, connect, is_transient
+from halfstep.service.store import jobs, record
+from halfstep.service.store.sql.database import Database, connect, is_transient
 from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import LIVE, running, spec, steps, submitted
 
@@ -89,13 +89,13 @@ def test_a_batch_is_stored_once_when_the_answer_to_its_commit_is_lost(database: 
 
     event.listen(Session, "after_commit", lose_the_answer)
     try:
-        database.retry(lambda s: metrics.append(s, job.id, job.fence, steps(1, 5), LIVE))
+        database.retry(lambda s: record.append(s, job.id, job.fence, steps(1, 5), LIVE))
     finally:
         event.remove(Session, "after_commit", lose_the_answer)
     assert len(lost) == 1
     with database.read() as s:
-        assert metrics.read(s, job.id, limit=10, fields=["loss"]).columns["step"] == [1, 2, 3, 4, 5]
-        assert metrics.summarise(s, job.id).current_step == 5
+        assert record.read(s, job.id, limit=10, fields=["loss"]).columns["step"] == [1, 2, 3, 4, 5]
+        assert record.summarise(s, job.id).current_step == 5
 
 
 def test_waiting_for_a_lock_ends_as_unavailable(database_url: str) -> None:
@@ -130,14 +130,14 @@ def test_a_summary_is_one_statement_that_reads_one_row_of_each_table(database: D
     job = running(database)
     with database.begin() as s:
         for first in range(1, 2000, 200):
-            metrics.append(s, job.id, job.fence, steps(first, first + 199), LIVE)
+            record.append(s, job.id, job.fence, steps(first, first + 199), LIVE)
     statements: list[tuple[str, object]] = []
     with database.read() as s:
         bind = s.connection()
         event.listen(
             bind, "before_cursor_execute", lambda _c, _u, sql, given, *_: statements.append((sql, given))
         )
-        assert metrics.summarise(s, job.id).current_step == 2000
+        assert record.summarise(s, job.id).current_step == 2000
         ((statement, given),) = statements
         explain = "EXPLAIN QUERY PLAN " if database.dialect == "sqlite" else "EXPLAIN "
         if database.dialect == "postgresql":
@@ -209,7 +209,7 @@ def test_what_a_frozen_process_has_locked_is_free_when_its_lease_ends(
 
     def write_and_pause() -> None:
         with frozen.begin() as s:
-            metrics.append(s, job.id, job.fence, steps(1, 5), LIVE)
+            record.append(s, job.id, job.fence, steps(1, 5), LIVE)
             time.sleep(0.2)
             assert database.retry(jobs.reap) == [], "it still has what it has locked"
             deadline = time.monotonic() + 3.0
@@ -221,7 +221,7 @@ def test_what_a_frozen_process_has_locked_is_free_when_its_lease_ends(
         write_and_pause()
     frozen.dispose()
     with database.read() as s:
-        assert metrics.summarise(s, job.id).current_step == 0, "what it had not committed is gone"
+        assert record.summarise(s, job.id).current_step == 0, "what it had not committed is gone"
 
 
 @pytest.mark.postgres
@@ -233,7 +233,7 @@ def test_a_connection_that_the_server_ends_is_replaced_and_the_work_repeated(dat
     def work(s: Session) -> None:
         nonlocal runs
         runs += 1
-        metrics.append(s, job.id, job.fence, steps(1, 5), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 5), LIVE)
         if runs == 1:
             own = s.execute(text("SELECT pg_backend_pid()")).scalar_one()
             with database.begin() as other:
@@ -242,7 +242,7 @@ def test_a_connection_that_the_server_ends_is_replaced_and_the_work_repeated(dat
     database.retry(work)
     assert runs == 2
     with database.read() as s:
-        assert metrics.summarise(s, job.id).current_step == 5
+        assert record.summarise(s, job.id).current_step == 5
 
 
 @pytest.mark.postgres

@@ -13,10 +13,12 @@ from halfstep.service import dispatch
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import NotFound
 from halfstep.service.settings import Settings
-from halfstep.service.store import deletions, events, jobs, metrics, schema
-from halfstep.service.store.database import Database, driver_url, make_engine
-from halfstep.service.store.jobs import Job
-from halfstep.service.store.schema import check_current, migrate
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.jobs import Job, deletions
+from halfstep.service.store.sql import schema
+from halfstep.service.store.sql.database import Database, driver_url, make_engine
+from halfstep.service.store.sql.ids import new_job_id
+from halfstep.service.store.sql.schema import check_current, migrate
 from halfstep.service.store.tables import deletions as deletion_rows
 from halfstep.service.store.tables import job_events, metric_chunks, metric_rollups
 from halfstep.service.store.tables import jobs as job_rows
@@ -42,7 +44,7 @@ def ended(database: Database, number: int = 400) -> Job:
     """A job with several batches of chunks, roll-ups and events, that is over."""
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, number), LIVE)
+        record.append(s, job.id, job.fence, steps(1, number), LIVE)
         for index in range(number // 5):
             events.append(s, job.id, type="alert", level="info", message=f"number {index}")
         return jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
@@ -88,9 +90,9 @@ def test_a_deleted_job_is_gone_before_its_record_is(database: Database) -> None:
     with database.read() as s:
         for look in (
             lambda: jobs.get(s, job.id, tenant=None),
-            lambda: metrics.summarise(s, job.id),
-            lambda: metrics.read(s, job.id, limit=9, fields=None),
-            lambda: metrics.downsample(s, job.id, from_step=1, to_step=9, max_points=2, fields=None),
+            lambda: record.summarise(s, job.id),
+            lambda: record.read(s, job.id, limit=9, fields=None),
+            lambda: record.downsample(s, job.id, from_step=1, to_step=9, max_points=2, fields=None),
         ):
             with pytest.raises(NotFound):
                 look()
@@ -113,14 +115,14 @@ def test_a_writer_waits_for_one_batch_of_a_sweep_at_most(database: Database, dat
             written += 1
             assert written <= before, "a sweep that removes nothing"
             with impatient.begin() as s:
-                metrics.append(s, other.id, other.fence, [step(written)], LIVE)
+                record.append(s, other.id, other.fence, [step(written)], LIVE)
     impatient.dispose()
     assert rows_left(database, job.id) == 0
     assert written == len(transactions) == 6  # 50 chunks, 94 roll-ups and 84 events by 64, and the end
     assert sum(map(sum, transactions)) == before
     assert all(sum(deleted) <= deletions.SWEEP_ROWS for deleted in transactions)
     with database.read() as s:
-        assert metrics.summarise(s, other.id).current_step == written
+        assert record.summarise(s, other.id).current_step == written
 
 
 def test_what_a_crash_leaves_of_a_sweep_the_dispatcher_finishes(
@@ -240,7 +242,7 @@ def test_a_record_from_before_survives_the_migrations_and_can_be_deleted(kind: s
             config.attributes["connection"] = connection
             command.upgrade(config, "0003")
         engine.dispose()
-        job_id = jobs.new_job_id()
+        job_id = new_job_id()
         database = Database(url)
         with database.begin() as s:
             s.execute(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import NotFound
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.following import News, Position, news, standing
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.record.following import News, Position, news, standing
+from halfstep.service.store.sql.database import Database
 
 from .making import BROKEN, LIVE, claimed, running, step, submitted
 
@@ -22,7 +22,7 @@ class Follower:
         self.database, self.job_id = database, job_id
         with database.read() as s:
             now = standing(s, job_id)
-            whole = metrics.read(s, job_id, limit=10_000, fields=["loss"]).columns
+            whole = record.read(s, job_id, limit=10_000, fields=["loss"]).columns
         after = min(after_step, now.current_step)
         # What it has from elsewhere.
         self.losses = dict(zip(whole["step"][:after], whole["loss"][:after], strict=True))
@@ -88,7 +88,7 @@ def test_a_follower_ends_up_with_the_record(database: Database, history: list[tu
             written += argument
             losses += [row.loss for row in rows]
             with database.begin() as s:
-                metrics.append(s, job.id, job.fence, rows, LIVE)
+                record.append(s, job.id, job.fence, rows, LIVE)
         elif action == "cut":
             with database.begin() as s:
                 jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained")
@@ -96,7 +96,7 @@ def test_a_follower_ends_up_with_the_record(database: Database, history: list[tu
             kept = int(argument * len(losses))
             with database.begin() as s:
                 jobs.mark_running(s, job.id, job.fence)
-                removed = metrics.truncate_after(s, job.id, job.fence, kept)
+                removed = record.truncate_after(s, job.id, job.fence, kept)
                 data = {"step": kept, "steps_repeated": removed}
                 events.append(s, job.id, type="worker", level="info", message="resumed", data=data)
             del losses[kept:]
@@ -131,11 +131,11 @@ def test_a_follower_ends_up_with_the_record(database: Database, history: list[tu
 def test_an_old_cut_sends_nobody_back_who_begins_after_it(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, [step(number) for number in range(1, 8)], LIVE)
-        metrics.truncate_after(s, job.id, job.fence, 2)
+        record.append(s, job.id, job.fence, [step(number) for number in range(1, 8)], LIVE)
+        record.truncate_after(s, job.id, job.fence, 2)
         data = {"step": 2, "steps_repeated": 5}
         events.append(s, job.id, type="worker", level="info", message="resumed", data=data)
-        metrics.append(s, job.id, job.fence, [step(number) for number in range(3, 8)], LIVE)
+        record.append(s, job.id, job.fence, [step(number) for number in range(3, 8)], LIVE)
     follower = Follower(database, job.id, after_step=6)
     found = [follower.poll(), follower.poll()]
     assert [page.steps.columns["step"] for page in found if page.steps is not None] == [[7]]
@@ -144,7 +144,7 @@ def test_an_old_cut_sends_nobody_back_who_begins_after_it(database: Database) ->
 def test_pages_are_bounded_and_events_come_first(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, [step(number) for number in range(1, 8)], LIVE)
+        record.append(s, job.id, job.fence, [step(number) for number in range(1, 8)], LIVE)
     follower = Follower(database, job.id)
     first, second, third = (follower.poll() for _ in range(3))
     assert [event.type for event, _ in first.events] == ["state"] * 3
@@ -158,7 +158,7 @@ def test_pages_are_bounded_and_events_come_first(database: Database) -> None:
     with database.begin() as s:
         for _ in range(4):
             events.append(s, job.id, type="alert", level="info", message="note")
-        metrics.append(s, job.id, job.fence, [step(8)], LIVE)
+        record.append(s, job.id, job.fence, [step(8)], LIVE)
     fourth = follower.poll()
     assert (len(fourth.events), fourth.steps, fourth.complete) == (3, None, False)
     assert follower.poll().steps is not None
@@ -167,7 +167,7 @@ def test_pages_are_bounded_and_events_come_first(database: Database) -> None:
 def test_a_position_beyond_the_record_goes_on_at_its_end(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, [step(1), step(2)], LIVE)
+        record.append(s, job.id, job.fence, [step(1), step(2)], LIVE)
         last = standing(s, job.id).last_event
     with database.read() as s:
         found = news(s, job.id, Position(9, last, settled=last), fields=None, most_steps=5, most_events=5)

@@ -11,9 +11,10 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
 from halfstep.service.errors import Conflict, InvalidRequest, NotFound, StaleFence
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.records import move
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.job_rows import move
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.ids import new_job_id
 from halfstep.service.store.tables import job_stats, job_transitions
 from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import BROKEN, CPU, LIVE, claimed, running, spec, state_of, steps, submitted
@@ -156,7 +157,7 @@ def test_cancel_of_a_held_job_reaches_its_worker(database: Database) -> None:
         assert jobs.request_cancel(s, job.id, tenant="acme").state is JobState.CANCELLING
         assert jobs.request_cancel(s, job.id, tenant="acme").state is JobState.CANCELLING
         asked = jobs.renew(s, job.id, job.fence, lease_seconds=60, worker_id="w1")
-        metrics.append(s, job.id, job.fence, steps(1, 2), LIVE)  # the step under way still counts
+        record.append(s, job.id, job.fence, steps(1, 2), LIVE)  # the step under way still counts
         done = jobs.finish(s, job.id, job.fence, JobState.CANCELLED, None)
     assert asked is RequestedAction.CANCEL
     assert (done.state, done.requested) == (JobState.CANCELLED, None)
@@ -243,7 +244,7 @@ def test_training_time_counts_over_the_attempts(database: Database) -> None:
             )
         assert jobs.active_seconds(s, job.id) == 20.0
         with pytest.raises(NotFound):
-            jobs.active_seconds(s, jobs.new_job_id())
+            jobs.active_seconds(s, new_job_id())
 
 
 def test_the_same_key_and_body_give_the_same_job(database: Database) -> None:
@@ -262,7 +263,7 @@ def test_the_same_key_and_body_give_the_same_job(database: Database) -> None:
 
 
 def test_a_submission_sent_again_under_its_id_is_stored_once(database: Database) -> None:
-    job_id = jobs.new_job_id()
+    job_id = new_job_id()
     for _ in range(2):
         with database.begin() as s:
             job, created = jobs.submit(s, tenant="acme", spec=spec(tags={"a": "b"}), job_id=job_id)
@@ -272,7 +273,7 @@ def test_a_submission_sent_again_under_its_id_is_stored_once(database: Database)
 
 
 def test_ids_rise_and_are_version_7() -> None:
-    made = [jobs.new_job_id() for _ in range(5000)]
+    made = [new_job_id() for _ in range(5000)]
     assert made == sorted(set(made))
     assert {(one[14], one[19] in "89ab", len(one)) for one in made} == {("7", True, 36)}
 
@@ -334,7 +335,7 @@ def test_deleting_leaves_nothing_but_other_jobs(database: Database) -> None:
     job = running(database, tags={"a": "b"})
     with database.begin() as s:
         child, _ = jobs.submit(s, tenant="acme", spec=spec(), parent_id=job.id, idempotency_key="k")
-        metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 3), LIVE)
         for number in (1, 3):
             jobs.record_checkpoint(
                 s, job.id, job.fence, step=number, path=f"/c/{number}", bytes=9, sha256="0" * 64, metrics=None
@@ -396,4 +397,4 @@ def test_events_have_no_gaps_and_hold_any_text(database: Database) -> None:
     assert [event.seq for event in told] == [2, 3, 4]
     assert (told[0].message, told[0].data) == ("died\ufffdof \ufffd", {"loss": float("inf")})
     with pytest.raises(NotFound), database.begin() as s:
-        events.append(s, jobs.new_job_id(), type="alert", level="info", message="x")
+        events.append(s, new_job_id(), type="alert", level="info", message="x")

@@ -20,9 +20,10 @@ from halfstep.service.contract.metrics import (
 )
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import Conflict, InvalidRequest, NotFound, StaleFence
-from halfstep.service.store import events, jobs, metrics, record_rows
-from halfstep.service.store.chunks import CHUNK_STEPS
-from halfstep.service.store.database import Database
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.record import rows as record_rows
+from halfstep.service.store.record.chunks import CHUNK_STEPS
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import metric_chunks
 from tests.store.making import LIVE, claimed, running, step, steps, submitted
 
@@ -54,7 +55,7 @@ def exact(value: Any) -> Any:
     return struct.pack("<d", value) if isinstance(value, float) else value
 
 
-def rows_of(page: metrics.MetricPage) -> list[tuple[Any, ...]]:
+def rows_of(page: record.MetricPage) -> list[tuple[Any, ...]]:
     return [tuple(map(exact, row)) for row in zip(*page.columns.values(), strict=True)]
 
 
@@ -94,11 +95,11 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
         if action == "append":
             newest_batch = numbered(argument, len(model))
             with database.begin() as s:
-                metrics.append(s, job.id, job.fence, newest_batch, LIVE)
+                record.append(s, job.id, job.fence, newest_batch, LIVE)
             model += newest_batch
         elif action == "repeat" and newest_batch:
             with database.begin() as s:
-                metrics.append(s, job.id, job.fence, newest_batch, LIVE)
+                record.append(s, job.id, job.fence, newest_batch, LIVE)
         elif action == "attempt":
             with database.begin() as s:
                 jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained")
@@ -106,7 +107,7 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
             kept = int(argument * len(model))
             with database.begin() as s:
                 jobs.mark_running(s, job.id, job.fence)
-                assert metrics.truncate_after(s, job.id, job.fence, kept) == len(model) - kept
+                assert record.truncate_after(s, job.id, job.fence, kept) == len(model) - kept
             del model[kept:]
             newest_batch = []
     assert_equal(database, job.id, model, page)
@@ -121,14 +122,14 @@ def _play(database: Database, history: list[tuple[str, Any]], page: int) -> None
 
 def assert_equal(database: Database, job_id: str, model: list[StepMetrics], page: int) -> None:
     with database.read() as s:
-        whole = metrics.read(s, job_id, limit=10_000, fields=None)
+        whole = record.read(s, job_id, limit=10_000, fields=None)
         assert list(whole.columns) == list(METRIC_COLUMNS)
         assert rows_of(whole) == [tuple(map(exact, row)) for row in model]
         assert (whole.count, whole.last_step) == (len(model), len(model))
 
         polled: list[tuple[Any, ...]] = []
         after = 0
-        while (part := metrics.read(s, job_id, after_step=after, limit=page, fields=None)).count:
+        while (part := record.read(s, job_id, after_step=after, limit=page, fields=None)).count:
             assert part.count <= page
             assert part.next_after_step > after
             polled += rows_of(part)
@@ -136,7 +137,7 @@ def assert_equal(database: Database, job_id: str, model: list[StepMetrics], page
         assert polled == rows_of(whole)
 
         low, high = page, page + 5
-        some = metrics.read(s, job_id, from_step=low, to_step=high, limit=100, fields=["loss", "nan"])
+        some = record.read(s, job_id, from_step=low, to_step=high, limit=100, fields=["loss", "nan"])
         assert list(some.columns) == ["step", "loss", "nan"]
         assert rows_of(some) == [(r.step, exact(r.loss), r.nan) for r in model if low <= r.step <= high]
 
@@ -147,10 +148,10 @@ def assert_equal(database: Database, job_id: str, model: list[StepMetrics], page
         ).all()
         covered = [number for first, last in bounds for number in range(first, last + 1)]
         assert covered == list(range(1, len(model) + 1))
-        assert_summary(metrics.summarise(s, job_id), model)
+        assert_summary(record.summarise(s, job_id), model)
 
 
-def assert_summary(stats: metrics.Stats, model: list[StepMetrics]) -> None:
+def assert_summary(stats: record.Stats, model: list[StepMetrics]) -> None:
     assert stats.current_step == len(model)
     assert stats.overflow_count == sum(row.overflow for row in model)
     assert stats.underflow_count == sum(row.underflow for row in model)
@@ -181,7 +182,7 @@ def assert_summary(stats: metrics.Stats, model: list[StepMetrics]) -> None:
 def test_a_batch_must_follow_on_without_gap_or_overlap(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 10), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 10), LIVE)
     refused = [
         steps(12, 13),
         steps(10, 12),
@@ -192,27 +193,27 @@ def test_a_batch_must_follow_on_without_gap_or_overlap(database: Database) -> No
     ]
     for rows in refused:
         with pytest.raises(Conflict) as caught, database.begin() as s:
-            metrics.append(s, job.id, job.fence, rows, LIVE)
+            record.append(s, job.id, job.fence, rows, LIVE)
         assert caught.value.code == "steps_not_contiguous"
     with pytest.raises(ValueError, match="at least one step"), database.begin() as s:
-        metrics.append(s, job.id, job.fence, [], LIVE)
+        record.append(s, job.id, job.fence, [], LIVE)
     with database.read() as s:
-        assert metrics.read(s, job.id, limit=100, fields=["loss"]).columns["step"] == list(range(1, 11))
+        assert record.read(s, job.id, limit=100, fields=["loss"]).columns["step"] == list(range(1, 11))
 
 
 def test_a_batch_sent_again_is_stored_once(database: Database) -> None:
     job = running(database)
     for _ in range(2):
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
+            record.append(s, job.id, job.fence, steps(1, 3), LIVE)
     with database.read() as s:
-        before = metrics.summarise(s, job.id)
+        before = record.summarise(s, job.id)
     for _ in range(2):
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, steps(4, 5), LIVE)
+            record.append(s, job.id, job.fence, steps(4, 5), LIVE)
     with database.read() as s:
-        assert metrics.read(s, job.id, limit=100, fields=[]).columns == {"step": [1, 2, 3, 4, 5]}
-        after = metrics.summarise(s, job.id)
+        assert record.read(s, job.id, limit=100, fields=[]).columns == {"step": [1, 2, 3, 4, 5]}
+        after = record.summarise(s, job.id)
     assert (before.current_step, after.current_step) == (3, 5)
     assert after.version == before.version + 1
 
@@ -221,23 +222,23 @@ def test_a_new_attempt_does_not_inherit_the_repeat(database: Database) -> None:
     """Only the attempt that stored a batch may send it again."""
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 3), LIVE)
         jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained")
     again = claimed(database)
     with pytest.raises(Conflict), database.begin() as s:
-        metrics.append(s, job.id, again.fence, steps(1, 3), LIVE)
+        record.append(s, job.id, again.fence, steps(1, 3), LIVE)
 
 
 def test_after_a_cut_no_batch_counts_as_sent_again(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 1), LIVE)
-        metrics.append(s, job.id, job.fence, steps(2, 5), LIVE)
-        metrics.truncate_after(s, job.id, job.fence, 3)
+        record.append(s, job.id, job.fence, steps(1, 1), LIVE)
+        record.append(s, job.id, job.fence, steps(2, 5), LIVE)
+        record.truncate_after(s, job.id, job.fence, 3)
     with pytest.raises(Conflict), database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(2, 3), LIVE)
+        record.append(s, job.id, job.fence, steps(2, 3), LIVE)
     with database.begin() as s:
-        assert metrics.append(s, job.id, job.fence, steps(4, 5), LIVE)
+        assert record.append(s, job.id, job.fence, steps(4, 5), LIVE)
 
 
 def test_after_a_cut_the_summary_is_that_of_the_steps_left(database: Database) -> None:
@@ -245,17 +246,17 @@ def test_after_a_cut_the_summary_is_that_of_the_steps_left(database: Database) -
     kept = [*steps(1, 3), step(4, scale=8.0, overflow=True)]
     attributed = {"step": 6, "layer": "head", "kind": "inf"}
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, kept, LIVE)
-        metrics.append(
+        record.append(s, job.id, job.fence, kept, LIVE)
+        record.append(
             s, job.id, job.fence, [step(5), step(6, overflow=True)], replace(LIVE, last_overflow=attributed)
         )
-        assert metrics.summarise(s, job.id).last_overflow == attributed
-        metrics.truncate_after(s, job.id, job.fence, 6)  # cuts nothing off
-        assert metrics.summarise(s, job.id).last_overflow == attributed
-        metrics.truncate_after(s, job.id, job.fence, 4)
-        stats = metrics.summarise(s, job.id)
-        metrics.truncate_after(s, job.id, job.fence, 3)
-        before_any = metrics.summarise(s, job.id)
+        assert record.summarise(s, job.id).last_overflow == attributed
+        record.truncate_after(s, job.id, job.fence, 6)  # cuts nothing off
+        assert record.summarise(s, job.id).last_overflow == attributed
+        record.truncate_after(s, job.id, job.fence, 4)
+        stats = record.summarise(s, job.id)
+        record.truncate_after(s, job.id, job.fence, 3)
+        before_any = record.summarise(s, job.id)
     assert (stats.current_step, stats.current_scale, stats.overflow_count) == (4, 8.0, 1)
     assert stats.last_overflow == {"step": 4, "layer": None, "kind": "unknown"}
     assert stats.performance_metrics["steps_per_second"] is None  # of an attempt that is over
@@ -267,19 +268,19 @@ def test_after_a_cut_the_summary_is_that_of_the_steps_left(database: Database) -
 def test_an_overflow_on_a_batchs_first_step_is_told(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 2), LIVE)
-        metrics.append(s, job.id, job.fence, [step(3, overflow=True), step(4)], LIVE)
-        told = metrics.summarise(s, job.id).last_overflow
+        record.append(s, job.id, job.fence, steps(1, 2), LIVE)
+        record.append(s, job.id, job.fence, [step(3, overflow=True), step(4)], LIVE)
+        told = record.summarise(s, job.id).last_overflow
     assert told == {"step": 3, "layer": None, "kind": "unknown"}
 
 
 def test_an_evaluation_at_the_cut_stays(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 4), LIVE)
-        metrics.evaluated(s, job.id, job.fence, Evaluation(step=3, split="test", loss=0.5, seconds=1.0))
-        metrics.truncate_after(s, job.id, job.fence, 3)
-        stats = metrics.summarise(s, job.id)
+        record.append(s, job.id, job.fence, steps(1, 4), LIVE)
+        record.evaluated(s, job.id, job.fence, Evaluation(step=3, split="test", loss=0.5, seconds=1.0))
+        record.truncate_after(s, job.id, job.fence, 3)
+        stats = record.summarise(s, job.id)
     assert stats.evaluation is not None
     assert stats.evaluation["step"] == 3
 
@@ -287,16 +288,16 @@ def test_an_evaluation_at_the_cut_stays(database: Database) -> None:
 def test_nothing_is_written_under_an_old_fence(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 3), LIVE)
         jobs.release(s, job.id, job.fence, charge_attempt=True, why="lost")
     successor = claimed(database)
     evaluation = Evaluation(step=3, split="test", loss=0.5, seconds=1.0)
     writes = [
-        lambda s: metrics.append(s, job.id, job.fence, steps(4, 5), LIVE),
-        lambda s: metrics.append(s, job.id, job.fence, steps(1, 3), LIVE),
-        lambda s: metrics.truncate_after(s, job.id, job.fence, 0),
-        lambda s: metrics.opened(s, job.id, job.fence, total_steps=9),
-        lambda s: metrics.evaluated(s, job.id, job.fence, evaluation),
+        lambda s: record.append(s, job.id, job.fence, steps(4, 5), LIVE),
+        lambda s: record.append(s, job.id, job.fence, steps(1, 3), LIVE),
+        lambda s: record.truncate_after(s, job.id, job.fence, 0),
+        lambda s: record.opened(s, job.id, job.fence, total_steps=9),
+        lambda s: record.evaluated(s, job.id, job.fence, evaluation),
         lambda s: events.append(s, job.id, type="warning", level="info", message="x", fence=job.fence),
         lambda s: jobs.record_checkpoint(
             s, job.id, job.fence, step=3, path="/x", bytes=1, sha256="0" * 64, metrics=None
@@ -308,12 +309,12 @@ def test_nothing_is_written_under_an_old_fence(database: Database) -> None:
         lambda s: jobs.renew(s, job.id, job.fence, lease_seconds=60, worker_id="w1"),
     ]
     with database.read() as s:
-        before = metrics.summarise(s, job.id)
+        before = record.summarise(s, job.id)
     for write in writes:
         with pytest.raises(StaleFence), database.begin() as s:
             write(s)
     with database.read() as s:
-        assert metrics.summarise(s, job.id) == before
+        assert record.summarise(s, job.id) == before
         assert jobs.get(s, job.id, tenant=None) == successor
         assert jobs.checkpoints(s, job.id) == []
 
@@ -323,15 +324,15 @@ def test_nothing_is_written_once_a_job_has_ended(database: Database) -> None:
     with database.begin() as s:
         jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
     with pytest.raises(StaleFence), database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 1), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 1), LIVE)
 
 
 def test_chunks_end_on_the_grid_however_long_the_batches(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
         for number in range(1, CHUNK_STEPS + 11):
-            metrics.append(s, job.id, job.fence, steps(number, number), LIVE)
-        metrics.append(s, job.id, job.fence, steps(523, 1600), LIVE)
+            record.append(s, job.id, job.fence, steps(number, number), LIVE)
+        record.append(s, job.id, job.fence, steps(523, 1600), LIVE)
     with database.read() as s:
         sizes = s.scalars(
             select(metric_chunks.c.last_step - metric_chunks.c.first_step + 1).order_by(
@@ -345,12 +346,12 @@ def test_the_summary_tells_how_the_job_goes(database: Database) -> None:
     job = running(database, precision={"overflow_threshold": 0.1})
     overflow = step(5, overflow=True, skipped=True, has_inf=True, grad_norm=math.inf)
     with database.begin() as s:
-        metrics.opened(s, job.id, job.fence, total_steps=20)
-        metrics.append(s, job.id, job.fence, [*steps(1, 4), overflow], LIVE)
-        early = metrics.summarise(s, job.id)
-        metrics.append(s, job.id, job.fence, steps(6, 10, epoch=2), LIVE)
+        record.opened(s, job.id, job.fence, total_steps=20)
+        record.append(s, job.id, job.fence, [*steps(1, 4), overflow], LIVE)
+        early = record.summarise(s, job.id)
+        record.append(s, job.id, job.fence, steps(6, 10, epoch=2), LIVE)
     with database.read() as s:
-        stats = metrics.summarise(s, job.id)
+        stats = record.summarise(s, job.id)
     assert early.overflow_rate is None  # not before 1 / overflow_threshold steps
     assert early.grad_norm == math.inf
     assert (stats.state, stats.is_terminal, stats.attempt) == (JobState.RUNNING, False, 1)
@@ -374,27 +375,27 @@ def test_an_evaluation_is_in_the_summary_and_in_the_events_once(database: Databa
     job = running(database)
     evaluation = Evaluation(step=2, split="test", loss=math.nan, metrics={"accuracy": 0.975}, seconds=0.25)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 2), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 2), LIVE)
     for _ in range(2):
         with database.begin() as s:
-            metrics.evaluated(s, job.id, job.fence, evaluation)
+            record.evaluated(s, job.id, job.fence, evaluation)
     with database.read() as s:
-        stats = metrics.summarise(s, job.id)
+        stats = record.summarise(s, job.id)
         told = [event for event in events.read(s, job.id) if event.type == "evaluation"]
     assert stats.evaluation is not None
     assert stats.evaluation["metrics"] == {"accuracy": 0.975}
     assert math.isnan(stats.evaluation["loss"])
     assert [event.message for event in told] == ["step 2: test loss nan, accuracy 0.975"]
     with database.begin() as s:
-        metrics.truncate_after(s, job.id, job.fence, 1)
-        assert metrics.summarise(s, job.id).evaluation is None
+        record.truncate_after(s, job.id, job.fence, 1)
+        assert record.summarise(s, job.id).evaluation is None
 
 
 def test_the_version_rises_with_steps_states_and_events(database: Database) -> None:
     job = running(database)
     seen = []
     changes = [
-        lambda s: metrics.append(s, job.id, job.fence, steps(1, 1), LIVE),
+        lambda s: record.append(s, job.id, job.fence, steps(1, 1), LIVE),
         lambda s: events.append(s, job.id, type="alert", level="warning", message="look"),
         lambda s: jobs.request_cancel(s, job.id, tenant=None),
         lambda s: jobs.finish(s, job.id, job.fence, JobState.CANCELLED, None),
@@ -403,8 +404,8 @@ def test_the_version_rises_with_steps_states_and_events(database: Database) -> N
         with database.begin() as s:
             change(s)
         with database.read() as s:
-            seen.append(metrics.versions(s, [job.id])[job.id])
-            assert metrics.summarise(s, job.id).version == seen[-1]
+            seen.append(record.versions(s, [job.id])[job.id])
+            assert record.summarise(s, job.id).version == seen[-1]
     assert seen == sorted(set(seen))
 
 
@@ -421,9 +422,9 @@ def test_buckets_keep_every_spike(database: Database) -> None:
     ]
     with database.begin() as s:
         for first in range(0, 1000, 300):
-            metrics.append(s, job.id, job.fence, rows[first : first + 300], LIVE)
+            record.append(s, job.id, job.fence, rows[first : first + 300], LIVE)
     with database.read() as s:
-        page = metrics.downsample(
+        page = record.downsample(
             s,
             job.id,
             from_step=None,
@@ -431,8 +432,8 @@ def test_buckets_keep_every_spike(database: Database) -> None:
             max_points=30,
             fields=["loss", "overflow", "compute_dtype"],
         )
-        part = metrics.downsample(s, job.id, from_step=101, to_step=110, max_points=30, fields=["loss"])
-        none = metrics.downsample(s, job.id, from_step=2000, to_step=None, max_points=30, fields=["loss"])
+        part = record.downsample(s, job.id, from_step=101, to_step=110, max_points=30, fields=["loss"])
+        none = record.downsample(s, job.id, from_step=2000, to_step=None, max_points=30, fields=["loss"])
     assert page.bucket_steps == 34
     assert (page.count, page.columns["step"][-1]) == (30, 1000)
     assert max(page.columns["loss_max"]) == 1000.0
@@ -448,16 +449,16 @@ def test_buckets_keep_every_spike(database: Database) -> None:
 def test_a_wrong_field_is_named_with_the_choice(database: Database) -> None:
     job = submitted(database)
     with pytest.raises(InvalidRequest, match=r"'lss'.*choose from step, epoch, loss"), database.read() as s:
-        metrics.read(s, job.id, limit=10, fields=["lss"])
+        record.read(s, job.id, limit=10, fields=["lss"])
 
 
 @pytest.mark.parametrize("unknown", ["01a208d5-00a9-7fe4-b553-af1ba85f6db3", "nonsense", "\x00", ""])
 def test_an_unknown_job_has_no_record(database: Database, unknown: str) -> None:
     with database.read() as s:
         for look in (
-            lambda: metrics.summarise(s, unknown),
-            lambda: metrics.read(s, unknown, limit=1, fields=None),
-            lambda: metrics.downsample(s, unknown, from_step=1, to_step=2, max_points=1, fields=None),
+            lambda: record.summarise(s, unknown),
+            lambda: record.read(s, unknown, limit=1, fields=None),
+            lambda: record.downsample(s, unknown, from_step=1, to_step=2, max_points=1, fields=None),
         ):
             with pytest.raises(NotFound):
                 look()
@@ -466,7 +467,7 @@ def test_an_unknown_job_has_no_record(database: Database, unknown: str) -> None:
 def test_another_tenants_summary_is_not_found(database: Database) -> None:
     job = submitted(database, tenant="acme")
     with database.read() as s:
-        assert metrics.summarise(s, job.id, tenant="acme").job_id == job.id
-        assert set(metrics.summaries(s, [job.id, "01a208d5-00a9-7fe4-b553-af1ba85f6db3"])) == {job.id}
+        assert record.summarise(s, job.id, tenant="acme").job_id == job.id
+        assert set(record.summaries(s, [job.id, "01a208d5-00a9-7fe4-b553-af1ba85f6db3"])) == {job.id}
         with pytest.raises(NotFound):
-            metrics.summarise(s, job.id, tenant="other")
+            record.summarise(s, job.id, tenant="other")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfstep.service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS
-from halfstep.service.store import chunks, packing
+from halfstep.service.store.record import chunks, packing
 from tests.store.making import steps
 
 ODD_NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8_0000_0000_0001))[0]

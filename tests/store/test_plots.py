@@ -14,10 +14,12 @@ from sqlalchemy import delete, func, insert, select, update
 
 from halfstep.service.contract.metrics import COMPUTE_DTYPES, FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
 from halfstep.service.contract.states import JobState
-from halfstep.service.store import chunks, jobs, metrics, record_rows, rollups
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.record import chunks, rollups
+from halfstep.service.store.record import rows as record_rows
+from halfstep.service.store.record.totals import Totals
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import job_stats, metric_chunks, metric_rollups
-from halfstep.service.store.totals import Totals
 from tests.store.making import LIVE, claimed, running, step, steps
 from tests.store.test_metrics import any_row, exact, numbered
 
@@ -59,9 +61,9 @@ def assert_exact(
     to_step: int | None = None,
     max_points: int,
     fields: Sequence[str] | None = None,
-) -> metrics.MetricPage:
+) -> record.MetricPage:
     with database.read() as s:
-        page = metrics.downsample(
+        page = record.downsample(
             s, job_id, from_step=from_step, to_step=to_step, max_points=max_points, fields=fields
         )
     begin, end = max(1, from_step or 1), min(len(model), len(model) if to_step is None else to_step)
@@ -121,7 +123,7 @@ def test_every_bucket_equals_brute_force(
                 batch = numbered(argument, len(model))
                 for _ in range(2):  # a batch sent again changes no roll-up
                     with database.begin() as s:
-                        metrics.append(s, job.id, job.fence, batch, LIVE)
+                        record.append(s, job.id, job.fence, batch, LIVE)
                 model += batch
             else:
                 with database.begin() as s:
@@ -130,7 +132,7 @@ def test_every_bucket_equals_brute_force(
                 kept = int(argument * len(model))
                 with database.begin() as s:
                     jobs.mark_running(s, job.id, job.fence)
-                    metrics.truncate_after(s, job.id, job.fence, kept)
+                    record.truncate_after(s, job.id, job.fence, kept)
                 del model[kept:]
         for asked in (points, 1, 2):
             assert_exact(database, job.id, model, max_points=asked)
@@ -169,7 +171,7 @@ def test_long_and_short_batches_give_the_same_roll_ups(database: Database) -> No
             for size in sizes:
                 if begin < len(rows):
                     with database.begin() as s:
-                        metrics.append(s, job.id, job.fence, rows[begin : begin + size], LIVE)
+                        record.append(s, job.id, job.fence, rows[begin : begin + size], LIVE)
                     begin += size
         assert_complete(database, job.id, len(rows))
         with database.begin() as s:
@@ -200,10 +202,10 @@ def test_a_plot_reads_as_much_of_a_long_record_as_of_a_short_one(
         read = []
         for first in range(1, 4096, 512):
             with database.begin() as s:
-                metrics.append(s, job.id, job.fence, steps(first, first + 511), LIVE)
+                record.append(s, job.id, job.fence, steps(first, first + 511), LIVE)
             decoded.clear()
             with database.read() as s:
-                metrics.downsample(s, job.id, from_step=3, to_step=None, max_points=10, fields=["loss"])
+                record.downsample(s, job.id, from_step=3, to_step=None, max_points=10, fields=["loss"])
             read.append(len(decoded))
     # 10 buckets of 3 to 6 entries, 4 of them in a row, and a few rows of each level at both ends.
     assert max(read) <= 15 + 2 * 12
@@ -224,20 +226,20 @@ def test_a_plot_that_begins_inside_a_row_of_entries_reads_that_row(
         monkeypatch.setattr(rollups, "ENTRIES", 32)
         job = running(database)
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, steps(1, 4096), LIVE)
+            record.append(s, job.id, job.fence, steps(1, 4096), LIVE)
         decoded.clear()
         with database.read() as s:
-            metrics.downsample(s, job.id, from_step=first, to_step=None, max_points=40, fields=["loss"])
+            record.downsample(s, job.id, from_step=first, to_step=None, max_points=40, fields=["loss"])
     assert len(decoded) <= 10  # made of the levels below instead, the rest of that row takes 13 or more
 
 
 def test_wide_buckets_are_rounded_up_to_whole_entries_and_fill_most_of_the_points(database: Database) -> None:
     job = running(database)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, 20_000), LIVE)
+        record.append(s, job.id, job.fence, steps(1, 20_000), LIVE)
     with database.read() as s:
         pages = {
-            points: metrics.downsample(
+            points: record.downsample(
                 s, job.id, from_step=None, to_step=None, max_points=points, fields=["loss"]
             )
             for points in (1, 20, 200, 400, 5000)
@@ -330,7 +332,7 @@ def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database)
     with small_grid():
         job, other = running(database), running(database)
         with database.begin() as s:  # its chunks begin elsewhere
-            metrics.append(s, other.id, other.fence, steps(1, 120), LIVE)
+            record.append(s, other.id, other.fence, steps(1, 120), LIVE)
         rows = OLD_ROWS + [step(n, loss=float(n % 7), nan=n % 11 == 0) for n in range(6, 120)]
         old = rows[:75]
         write_as_before(database, job.id, old, [5, 6, 29, 61, 71, 75])
@@ -338,11 +340,11 @@ def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database)
             assert_exact(database, job.id, old, max_points=points)
         assert_exact(database, job.id, old, from_step=45, to_step=66, max_points=30)
         with database.begin() as s:  # on from step 75, inside the cell that began at 73
-            metrics.append(s, job.id, job.fence, rows[75:118], LIVE)
+            record.append(s, job.id, job.fence, rows[75:118], LIVE)
         for points, low in ((1, 1), (4, 1), (9, 20), (118, 1), (5, 60)):
             assert_exact(database, job.id, rows[:118], from_step=low, max_points=points)
         with database.read() as s:
-            whole = metrics.read(s, job.id, limit=1000, fields=None)
+            whole = record.read(s, job.id, limit=1000, fields=None)
             wanted = [tuple(map(exact, row)) for row in rows[:118]]
             begins = s.scalars(
                 select(metric_chunks.c.first_step)
@@ -359,11 +361,11 @@ def test_a_record_from_before_the_roll_ups_reads_and_goes_on(database: Database)
         assert begins == [1, 6, 7, 30, 62, 72, 76, 81, 89, 97, 105, 113]
         assert sealed == [73, 81, 89, 97, 105]
         with database.begin() as s:
-            metrics.truncate_after(s, job.id, job.fence, 67)  # inside an old chunk
-            metrics.append(s, job.id, job.fence, rows[67:100], LIVE)
+            record.truncate_after(s, job.id, job.fence, 67)  # inside an old chunk
+            record.append(s, job.id, job.fence, rows[67:100], LIVE)
         assert_exact(database, job.id, rows[:100], max_points=4)
         with database.read() as s:
-            assert metrics.summarise(s, job.id).nan_count == sum(row.nan for row in rows[:100])
+            assert record.summarise(s, job.id).nan_count == sum(row.nan for row in rows[:100])
 
 
 def test_a_roll_up_that_is_missing_is_made_up_for(database: Database) -> None:
@@ -371,7 +373,7 @@ def test_a_roll_up_that_is_missing_is_made_up_for(database: Database) -> None:
         job = running(database)
         rows = steps(1, 128)
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, rows, LIVE)
+            record.append(s, job.id, job.fence, rows, LIVE)
             s.execute(
                 delete(metric_rollups).where(
                     metric_rollups.c.first_step.in_([33, 49]), metric_rollups.c.level < 4
@@ -391,15 +393,15 @@ def test_a_job_that_goes_on_from_another_ones_checkpoint_has_its_roll_ups(
         source = running(database)
         rows = steps(1, 100)
         with database.begin() as s:
-            metrics.append(s, source.id, source.fence, rows, LIVE)
+            record.append(s, source.id, source.fence, rows, LIVE)
             jobs.finish(s, source.id, source.fence, JobState.SUCCEEDED, None)
         job = running(database)
         with database.begin() as s:
-            metrics.inherit(s, job.id, source_id=source.id, step=kept)
+            record.inherit(s, job.id, source_id=source.id, step=kept)
         assert_exact(database, job.id, rows[:kept], max_points=4)
         assert_complete(database, job.id, kept)
         more = steps(kept + 1, 130, loss=3.0)
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, more, LIVE)
+            record.append(s, job.id, job.fence, more, LIVE)
         assert_exact(database, job.id, rows[:kept] + more, max_points=4)
         assert_exact(database, source.id, rows, max_points=4)

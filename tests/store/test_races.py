@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import Conflict, StaleFence
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.records import lock_fenced
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.job_rows import lock_fenced
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import CPU, LIVE, claimed, running, spec, state_of, steps, submitted
 
@@ -102,7 +102,7 @@ def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(
 
     def zombie() -> str:
         with database.begin() as s:
-            metrics.append(s, job.id, job.fence, steps(1, 3), LIVE)
+            record.append(s, job.id, job.fence, steps(1, 3), LIVE)
         return "written"
 
     def successor() -> int:
@@ -112,7 +112,7 @@ def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(
         return claimed(database).fence
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
-        patched.setattr(metrics, "lock_fenced", check_then_dawdle)
+        patched.setattr(record, "lock_fenced", check_then_dawdle)
         first = pool.submit(zombie)
         assert checked.wait(timeout=30)
         second = pool.submit(successor)
@@ -122,9 +122,9 @@ def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(
         assert first.result(timeout=30) == "written"
         assert second.result(timeout=30) == 2
     with pytest.raises(StaleFence), database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(4, 5), LIVE)
+        record.append(s, job.id, job.fence, steps(4, 5), LIVE)
     with database.read() as s:
-        assert metrics.summarise(s, job.id).current_step == 3
+        assert record.summarise(s, job.id).current_step == 3
 
 
 def test_writers_under_a_moving_fence_never_mix(database: Database) -> None:
@@ -134,16 +134,16 @@ def test_writers_under_a_moving_fence_never_mix(database: Database) -> None:
     done = threading.Event()
 
     def append_two(s: Session, fence: int) -> None:
-        number = metrics.summarise(s, job.id).current_step
-        metrics.append(s, job.id, fence, steps(number + 1, number + 2, grad_norm=float(fence)), LIVE)
+        number = record.summarise(s, job.id).current_step
+        record.append(s, job.id, fence, steps(number + 1, number + 2, grad_norm=float(fence)), LIVE)
 
     def write(fence: int) -> None:
         number = 0
         while not done.is_set():
             try:
                 with database.begin() as s:
-                    number = metrics.summarise(s, job.id).current_step
-                    metrics.append(
+                    number = record.summarise(s, job.id).current_step
+                    record.append(
                         s, job.id, fence, steps(number + 1, number + 2, grad_norm=float(fence)), LIVE
                     )
             except Conflict:
@@ -184,7 +184,7 @@ def test_writers_under_a_moving_fence_never_mix(database: Database) -> None:
         first.result(timeout=30)
     assert fences == [1, 2, 3, 4, 5, 6]
     with database.read() as s:
-        page = metrics.read(s, job.id, limit=10_000, fields=["grad_norm"])
+        page = record.read(s, job.id, limit=10_000, fields=["grad_norm"])
     assert page.columns["step"] == list(range(1, page.last_step + 1)) != []
     assert page.columns["grad_norm"] == sorted(page.columns["grad_norm"])  # no old fence after a newer one
 

@@ -9,8 +9,10 @@ from sqlalchemy import text
 from halfstep.service.contract.metrics import METRIC_COLUMNS
 from halfstep.service.contract.states import TERMINAL, JobState
 from halfstep.service.errors import Conflict, InvalidRequest, NotFound
-from halfstep.service.store import jobs, metrics, retries
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.jobs import retries
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.ids import new_job_id
 from tests.store.making import BROKEN, LIVE, claimed, running, steps, submitted
 from tests.store.test_lifecycle import _put_into
 
@@ -23,7 +25,7 @@ def ended(
     """A failed job with steps and checkpoints."""
     job = running(database, **changes)
     with database.begin() as s:
-        metrics.append(s, job.id, job.fence, steps(1, last), LIVE)
+        record.append(s, job.id, job.fence, steps(1, last), LIVE)
         for number in saved:
             jobs.record_checkpoint(
                 s,
@@ -40,7 +42,7 @@ def ended(
 
 def again(database: Database, job: jobs.Job, **wanted: Any) -> tuple[jobs.Job, bool]:
     with database.begin() as s:
-        return retries.retry(s, job.id, **{"tenant": "acme", "new_id": jobs.new_job_id(), **wanted})
+        return retries.retry(s, job.id, **{"tenant": "acme", "new_id": new_job_id(), **wanted})
 
 
 def test_from_the_start_it_is_the_same_job_anew(database: Database) -> None:
@@ -58,7 +60,7 @@ def test_from_the_start_it_is_the_same_job_anew(database: Database) -> None:
     )
     with database.read() as s:
         assert jobs.checkpoints(s, child.id) == []
-        assert metrics.summarise(s, child.id).current_step == 0
+        assert record.summarise(s, child.id).current_step == 0
         [entered] = jobs.transitions(s, child.id)
     assert entered.reason == f"retry of {job.id}"
 
@@ -70,19 +72,19 @@ def test_from_a_checkpoint_it_has_the_record_up_to_there(database: Database, ste
     assert (child.parent_id, child.from_checkpoint) == (job.id, step)
     with database.read() as s:
         [kept] = jobs.checkpoints(s, child.id)
-        whole = metrics.read(s, job.id, after_step=0, limit=100, fields=METRIC_COLUMNS)
-        page = metrics.read(s, child.id, after_step=0, limit=100, fields=METRIC_COLUMNS)
-        stats = metrics.summarise(s, child.id)
+        whole = record.read(s, job.id, after_step=0, limit=100, fields=METRIC_COLUMNS)
+        page = record.read(s, child.id, after_step=0, limit=100, fields=METRIC_COLUMNS)
+        stats = record.summarise(s, child.id)
         assert kept == next(c for c in jobs.checkpoints(s, job.id) if c.step == step)
-        assert metrics.summarise(s, job.id).current_step == 25
+        assert record.summarise(s, job.id).current_step == 25
     assert page.columns == {name: values[:step] for name, values in whole.columns.items()}
     assert (stats.current_step, stats.loss, stats.average_scale) == (step, 1 / step, 65536.0)
     held = claimed(database)
     assert held.fence > kept.fence
     with database.begin() as s:
-        metrics.append(s, child.id, held.fence, steps(step + 1, 30), LIVE)
-        assert metrics.truncate_after(s, child.id, held.fence, 5) == 25
-        assert metrics.summarise(s, child.id).current_step == 5
+        record.append(s, child.id, held.fence, steps(step + 1, 30), LIVE)
+        assert record.truncate_after(s, child.id, held.fence, 5) == 25
+        assert record.summarise(s, child.id).current_step == 5
 
 
 def test_a_retry_of_a_retry_goes_on_from_what_it_took_over(database: Database) -> None:
@@ -151,7 +153,7 @@ def test_a_key_decides_instead(database: Database) -> None:
 
 def test_a_repeat_under_the_same_id_creates_nothing(database: Database) -> None:
     job = ended(database)
-    new_id = jobs.new_job_id()
+    new_id = new_job_id()
     first, _ = again(database, job, from_checkpoint=20, new_id=new_id, idempotency_key="k")
     assert again(database, job, from_checkpoint=20, new_id=new_id, idempotency_key="k")[0] == first
     with database.read() as s:
@@ -182,7 +184,7 @@ def test_a_failure_on_the_way_leaves_nothing(database: Database, monkeypatch: py
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics, "inherit", die)
+    monkeypatch.setattr(record, "inherit", die)
     with pytest.raises(KeyboardInterrupt):
         again(database, job, from_checkpoint=20)
     with database.read() as s:
@@ -196,7 +198,7 @@ def test_two_that_ask_at_once_get_one_job(database: Database) -> None:
 
     def ask() -> None:
         ready.wait()
-        new_id = jobs.new_job_id()
+        new_id = new_job_id()
         child, _ = database.retry(lambda s: retries.retry(s, job.id, tenant="acme", new_id=new_id))
         made.append(child.id)
 

@@ -12,9 +12,9 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
 from halfstep.service.errors import ConfigurationError
-from halfstep.service.store import schema
-from halfstep.service.store.database import Database
-from halfstep.service.store.schema import check_current, migrate
+from halfstep.service.store.sql import schema
+from halfstep.service.store.sql.database import Database
+from halfstep.service.store.sql.schema import check_current, migrate
 from halfstep.service.store.tables import metadata
 from tests.databases import KINDS, empty_database
 
@@ -124,7 +124,7 @@ def test_a_newer_schema_since_one_that_is_known_is_run_on_and_left_alone(empty_u
 
 def test_processes_that_migrate_at_once_all_succeed(empty_url: str) -> None:
     program = (
-        "import sys; from halfstep.service.store.schema import migrate; "
+        "import sys; from halfstep.service.store.sql.schema import migrate; "
         "sys.stdin.readline(); migrate(sys.argv[1])"
     )
     command = [sys.executable, "-W", "error", "-c", program, empty_url]

@@ -1,8 +1,8 @@
 """Jobs of equal steps side by side: what one writes, cuts or inherits never touches another one's record."""
 
 from halfstep.service.contract.metrics import StepMetrics
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.sql.database import Database
 from tests.store.making import LIVE, claimed, running, steps
 from tests.store.test_metrics import assert_equal
 from tests.store.test_plots import assert_complete, assert_exact, small_grid
@@ -25,7 +25,7 @@ def test_records_of_the_same_steps_stay_apart(database: Database) -> None:
                 for number, (job, model) in enumerate(zip(held, models, strict=True)):
                     rows = rows_of(number, len(model) + 1, len(model) + size)
                     with database.begin() as s:
-                        metrics.append(s, job.id, job.fence, rows, LIVE)
+                        record.append(s, job.id, job.fence, rows, LIVE)
                     model.extend(rows)
 
         def check() -> None:
@@ -44,7 +44,7 @@ def test_records_of_the_same_steps_stay_apart(database: Database) -> None:
             held[number] = job = claimed(database)
             with database.begin() as s:
                 jobs.mark_running(s, job.id, job.fence)
-                metrics.truncate_after(s, job.id, job.fence, kept)
+                record.truncate_after(s, job.id, job.fence, kept)
             del models[number][kept:]
             check()
         grow()
@@ -52,6 +52,6 @@ def test_records_of_the_same_steps_stay_apart(database: Database) -> None:
         for number, kept in ((0, 50), (1, 64)):
             held.append(running(database))
             with database.begin() as s:
-                metrics.inherit(s, held[-1].id, source_id=held[number].id, step=kept)
+                record.inherit(s, held[-1].id, source_id=held[number].id, step=kept)
             models.append(models[number][:kept])
             check()

@@ -22,9 +22,9 @@ from sqlalchemy import delete, func, select, update
 
 from halfstep.service.contract.states import TRANSITIONS, JobState
 from halfstep.service.errors import HalfstepError
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.clock import db_now
-from halfstep.service.store.database import Database
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.sql.clock import db_now
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import checkpoints as checkpoint_rows
 from halfstep.service.store.tables import job_events, job_stats, job_transitions
 from halfstep.service.store.tables import jobs as job_rows
@@ -164,14 +164,14 @@ class StoreMachine(RuleBasedStateMachine):
         rows = steps(first, first + count - 1, loss=float(hold.fence))
         self.both(
             lambda: self.model.append(hold, first, count),
-            lambda s: metrics.append(s, hold.job, hold.fence, rows, LIVE),
+            lambda s: record.append(s, hold.job, hold.fence, rows, LIVE),
         )
 
     def truncate(self, hold: Hold, number: int) -> None:
         step = max(0, self.steps_of(hold) - (0, 1, 130, 10_000)[number % 4])
         self.both(
             lambda: self.model.truncate(hold, step),
-            lambda s: metrics.truncate_after(s, hold.job, hold.fence, step),
+            lambda s: record.truncate_after(s, hold.job, hold.fence, step),
         )
 
     def checkpoint(self, hold: Hold, number: int) -> None:
@@ -244,7 +244,7 @@ class StoreMachine(RuleBasedStateMachine):
             rows = {row.id: row for row in s.execute(select(job_rows))}
             histories = jobs.transitions_of(s, list(rows))
             written = {
-                job_id: metrics.read(s, job_id, limit=10_000, fields=["step", "loss"]).columns
+                job_id: record.read(s, job_id, limit=10_000, fields=["step", "loss"]).columns
                 for job_id in rows
             }
             current = {row.job_id: row.current_step for row in s.execute(select(job_stats))}

@@ -7,10 +7,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from halfstep.service.errors import InvalidRequest, NotFound
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import events, jobs, record
 from halfstep.service.store.jobs import NewJob, Submitted
-from halfstep.service.store.submissions import Beginning
+from halfstep.service.store.jobs.submissions import Beginning
+from halfstep.service.store.sql.database import Database
 
 from .making import spec, submitted
 
@@ -36,7 +36,7 @@ def test_what_is_returned_is_what_is_stored(database: Database) -> None:
     with database.read() as s:
         stored = [jobs.get(s, one.job_id, tenant="acme") for one in wanted]
         tagged = jobs.list_jobs(s, tenant="acme", tags=[("n", "1")], limit=9)
-        told = [Beginning(tuple(jobs.transitions(s, job.id)), metrics.summarise(s, job.id)) for job in stored]
+        told = [Beginning(tuple(jobs.transitions(s, job.id)), record.summarise(s, job.id)) for job in stored]
     assert outcomes == [
         Submitted(job, created=True, beginning=one) for job, one in zip(stored, told, strict=True)
     ]
@@ -73,7 +73,7 @@ def test_warnings_are_events_and_the_next_one_follows(database: Database) -> Non
         jobs.submit_all(s, [new(), wanted])
     with database.read() as s:
         told = [(event.seq, event.type, event.message) for event in events.read(s, wanted.job_id)]
-        version = metrics.versions(s, [wanted.job_id])[wanted.job_id]
+        version = record.versions(s, [wanted.job_id])[wanted.job_id]
     assert told == [
         (1, "state", "queued: submitted"),
         (2, "warning", "Slow."),
@@ -82,7 +82,7 @@ def test_warnings_are_events_and_the_next_one_follows(database: Database) -> Non
     with database.begin() as s:
         assert events.append(s, wanted.job_id, type="alert", level="info", message="Next.") == 4
     with database.read() as s:
-        assert metrics.versions(s, [wanted.job_id])[wanted.job_id] > version
+        assert record.versions(s, [wanted.job_id])[wanted.job_id] > version
 
 
 def test_a_key_used_with_another_body_refuses_that_one_alone(database: Database) -> None:

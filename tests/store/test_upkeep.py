@@ -7,8 +7,9 @@ from sqlalchemy import update
 
 from halfstep.service.contract.states import JobState, ReasonCode
 from halfstep.service.errors import NotFound, StaleFence
-from halfstep.service.store import jobs, workers
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs
+from halfstep.service.store.fleet import workers
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import jobs as job_rows
 from halfstep.service.store.tables import workers as worker_rows
 from tests.store.making import CPU, claimed, running, spec, state_of, submitted

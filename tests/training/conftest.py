@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.training import checkpoint
 from halfstep.worker.training.checkpoint import CheckpointRef, Payload
 from halfstep.worker.training.restoring import load

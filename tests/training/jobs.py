@@ -8,7 +8,7 @@ from typing import Any
 
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.training import checkpoint
 from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
 from halfstep.worker.training.loop import Outcome, RunConfig, StopRequest, train

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.training import checkpoint, restoring
 from halfstep.worker.training.checkpoint import (
     MANIFEST_FILE,

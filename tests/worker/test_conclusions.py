@@ -8,8 +8,8 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import RequestedAction
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.sql.database import Database
 from halfstep.worker.protocol import Done
 from halfstep.worker.supervise import Ending
 from halfstep.worker.tasks import _conclusion

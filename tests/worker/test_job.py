@@ -6,8 +6,8 @@ import pytest
 
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.settings import Settings
-from halfstep.service.store import jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import jobs, record
+from halfstep.service.store.sql.database import Database
 from halfstep.worker import job
 from halfstep.worker.protocol import RunOrder
 from tests.store.making import CPU
@@ -75,4 +75,4 @@ def test_the_database_of_the_order_is_used_where_it_is_another(
     )
     assert (done.outcome, done.step) == ("finished", 3)
     with database.read() as session:
-        assert metrics.summarise(session, claimed.id).current_step == 3
+        assert record.summarise(session, claimed.id).current_step == 3

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.states import RequestedAction
 from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import jobs as job_rows
 from halfstep.worker.lease import LeaseKeeper
 from tests.e2e.cluster import wait_for

@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.contract.metrics import Evaluation
 from halfstep.service.errors import StaleFence, StoreUnavailable
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.sql.database import Database
 from halfstep.worker.reporting import Reporter
 from tests.e2e.cluster import wait_for
 from tests.store.making import LIVE, claimed, step, submitted
@@ -83,7 +83,7 @@ class Told:
 
 def stored_steps(database: Database, job: jobs.Job) -> list[int]:
     with database.read() as session:
-        return metrics.read(session, job.id, after_step=0, limit=10_000, fields=["step"]).columns["step"]
+        return record.read(session, job.id, after_step=0, limit=10_000, fields=["step"]).columns["step"]
 
 
 def outages(database: Database, job: jobs.Job) -> list[events.Event]:

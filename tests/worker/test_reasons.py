@@ -13,7 +13,7 @@ from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState, ReasonCode
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
+from halfstep.service.store.sql.database import Database
 from halfstep.worker import job
 from halfstep.worker.protocol import RunOrder
 from halfstep.worker.supervise import Ending

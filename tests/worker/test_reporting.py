@@ -10,9 +10,9 @@ import pytest
 from halfstep.service.contract.metrics import LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.errors import StaleFence, StoreUnavailable
-from halfstep.service.store import events, jobs, metrics
-from halfstep.service.store.database import Database
-from halfstep.service.store.workers import Capability
+from halfstep.service.store import events, jobs, record
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.sql.database import Database
 from halfstep.worker.reporting import Reporter
 from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
 
@@ -84,7 +84,7 @@ def reporter(database: Away, job: jobs.Job, **options: int) -> Reporter:
 
 def stored_steps(database: Away, job: jobs.Job) -> list[int]:
     with database.read() as session:
-        return metrics.read(session, job.id, after_step=0, limit=10_000, fields=["step"]).columns["step"]
+        return record.read(session, job.id, after_step=0, limit=10_000, fields=["step"]).columns["step"]
 
 
 def test_what_is_reported_is_stored_in_order_before_close_returns(database: Away, job: jobs.Job) -> None:

@@ -12,8 +12,8 @@ import pytest
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
-from halfstep.service.store.database import Database
-from halfstep.service.store.workers import Capability
+from halfstep.service.store.fleet.workers import Capability
+from halfstep.service.store.sql.database import Database
 from halfstep.worker import tasks
 from halfstep.worker.process import Exited
 from halfstep.worker.protocol import Done, Message, Ready, RunOrder

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from halfstep.service.faultpoints import reach
-from halfstep.service.mirror import Mirror, MirrorFailed
+from halfstep.service.files.remote import Mirror, MirrorFailed
 from halfstep.worker.training.errors import StorageFailed
 from halfstep.worker.training.failures import ran_out_of_host_memory
 

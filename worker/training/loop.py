@@ -16,7 +16,7 @@ import torch
 
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.speed import Speeds
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.amp.errors import TooManySkips
 from halfstep.worker.training import randomness
 from halfstep.worker.training.batches import Position

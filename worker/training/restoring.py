@@ -21,7 +21,7 @@ from typing import IO, Any
 import safetensors.torch
 import torch
 
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.training.checkpoint import (
     FETCHED,
     MANIFEST_FILE,

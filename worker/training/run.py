@@ -18,7 +18,7 @@ from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.speed import Speeds, slow_precision
 from halfstep.service.faultpoints import reach
-from halfstep.service.mirror import Mirror
+from halfstep.service.files.remote import Mirror
 from halfstep.worker.amp import MixedPrecisionTrainer
 from halfstep.worker.amp.telemetry import EngineEvent, StepRow
 from halfstep.worker.training import checkpoint, environment, randomness

@@ -6,13 +6,13 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from halfstep.service.api.access import Reader
+from halfstep.service.api.answers.openapi import declares
+from halfstep.service.api.answers.views import component_view
+from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.api.context import ContextDep
-from halfstep.service.api.openapi import declares
-from halfstep.service.api.parameters import KnownQuery
-from halfstep.service.api.schemas import ComponentList
-from halfstep.service.api.views import component_view
-from halfstep.service.api.wire import json_answer
-from halfstep.service.store import components
+from halfstep.service.api.requests.parameters import KnownQuery
+from halfstep.service.contract.answers import ComponentList
+from halfstep.service.store.fleet import components
 
 router = APIRouter(prefix="/components", tags=["fleet"], dependencies=[KnownQuery])
 

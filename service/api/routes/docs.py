@@ -5,8 +5,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
 from halfstep.service.api.access import Reader
-from halfstep.service.api.docs_page import render
-from halfstep.service.api.wire import json_answer
+from halfstep.service.api.answers.docs_page import render
+from halfstep.service.api.answers.wire import json_answer
 
 router = APIRouter(include_in_schema=False)
 

@@ -6,14 +6,14 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from halfstep.service import queue
+from halfstep.service.api.answers.openapi import problem_response
+from halfstep.service.api.answers.problems import ProblemError
+from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.api.context import Context, ContextDep
-from halfstep.service.api.openapi import problem_response
-from halfstep.service.api.parameters import KnownQuery
-from halfstep.service.api.problems import ProblemError
-from halfstep.service.api.schemas import Alive, Readiness
-from halfstep.service.api.wire import json_answer
+from halfstep.service.api.requests.parameters import KnownQuery
+from halfstep.service.contract.answers import Alive, Readiness
 from halfstep.service.errors import ConfigurationError, StoreUnavailable
-from halfstep.service.store.schema import check_current
+from halfstep.service.store.sql.schema import check_current
 
 router = APIRouter(prefix="/health", tags=["health"], dependencies=[KnownQuery])
 

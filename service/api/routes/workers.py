@@ -4,13 +4,13 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from halfstep.service.api.access import Reader
+from halfstep.service.api.answers.openapi import declares
+from halfstep.service.api.answers.views import worker_view
+from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.api.context import ContextDep
-from halfstep.service.api.openapi import declares
-from halfstep.service.api.parameters import KnownQuery
-from halfstep.service.api.schemas import WorkerList
-from halfstep.service.api.views import worker_view
-from halfstep.service.api.wire import json_answer
-from halfstep.service.store import workers
+from halfstep.service.api.requests.parameters import KnownQuery
+from halfstep.service.contract.answers import WorkerList
+from halfstep.service.store.fleet import workers
 
 router = APIRouter(prefix="/workers", tags=["fleet"], dependencies=[KnownQuery])
 

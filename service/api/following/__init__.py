@@ -1,0 +1,1 @@
+"""Following what changes: waiting for a change, summaries kept per change, feeds and event streams."""

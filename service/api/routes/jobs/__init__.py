@@ -1,0 +1,1 @@
+"""Routes that make, show, control and delete jobs, and hand out their checkpoints."""

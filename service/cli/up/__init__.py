@@ -1,0 +1,1 @@
+"""`halfstep up`: the parts of one installation on one machine, started, watched and stopped together."""

@@ -1,0 +1,1 @@
+"""What there is to run jobs: workers and what they can do, and the components that they offer."""
