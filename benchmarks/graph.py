@@ -24,7 +24,7 @@ from benchmarks.report import Report, options
 from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
 from halfstep.worker.training import randomness
 from halfstep.worker.training.assembly import Assembly, assemble
-from halfstep.worker.training.batches import Plan
+from halfstep.worker.training.data.plan import Plan
 
 BASE = "bare, eager"
 PRECISION = PRECISIONS | {"fp16": {"mode": "automatic", "precision_level": "fp16"}}

@@ -25,7 +25,7 @@ from benchmarks.loops.ours import LOOPS
 from benchmarks.loops.peers import present
 from benchmarks.loops.works import PRECISIONS, WORKS, Loop, Setting
 from benchmarks.report import Report, options
-from halfstep.worker.slots import ALLOCATOR
+from halfstep.worker.host.devices import ALLOCATOR
 
 BASE = "bare, fused"
 _STEPS_PER_BLOCK = 32

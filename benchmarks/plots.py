@@ -18,7 +18,7 @@ from torch import nn
 from halfstep.service.contract.metrics import LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
-from halfstep.worker.amp.telemetry import StepRow
+from halfstep.worker.amp.record.rows import StepRow
 from halfstep.worker.training.errors import NonFinite
 from halfstep.worker.training.loop import RunConfig, train
 

@@ -33,7 +33,7 @@ from halfstep.service.store.jobs import Job
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.sql.schema import migrate
 from halfstep.service.store.tables import metadata
-from halfstep.worker.reporting import Reporter
+from halfstep.worker.job.reporting import Reporter
 
 BATCHES = (256, 1024, 8192)  # what the reporter sends: from a slow job's flush to its limit under pressure
 FILL_BATCH = 8192

@@ -29,10 +29,11 @@ from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.sql import schema
 from halfstep.service.store.sql.database import Database, connect
 from halfstep.service.store.sql.ids import new_job_id
-from halfstep.worker.process import Spawner
+from halfstep.worker.host.devices import build_slots
+from halfstep.worker.host.process import Spawner
+from halfstep.worker.host.runner import Runner, register
+from halfstep.worker.host.slots import READY_SECONDS, Slot
 from halfstep.worker.protocol import Ready
-from halfstep.worker.slots import READY_SECONDS, Slot, build_slots
-from halfstep.worker.tasks import Runner, register
 
 log = structlog.get_logger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from halfstep.service.contract.spec import JobSpec
 from halfstep.worker.training import randomness
 from halfstep.worker.training.assembly import Assembly, assemble
-from halfstep.worker.training.batches import Plan
-from halfstep.worker.training.data import epoch_order
+from halfstep.worker.training.data.dataset import epoch_order
+from halfstep.worker.training.data.plan import Plan
 
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-4

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.worker.amp import step
+from halfstep.worker.amp.step import training_step
 from tests.amp.runs import OPTIMIZERS
 
 ENDINGS = ["in numbers", "in tensors"]
@@ -14,7 +14,7 @@ ENDINGS = ["in numbers", "in tensors"]
 def ending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways for a step to end: as on a CPU, and as on a GPU, whose tensors the host does not see."""
     if request.param == "in tensors":
-        monkeypatch.setattr(step, "host_sees", lambda device: False)
+        monkeypatch.setattr(training_step, "host_sees", lambda device: False)
 
 
 @pytest.fixture(params=sorted(OPTIMIZERS))

@@ -18,7 +18,7 @@ aten: Any = torch.ops.aten
 
 
 class Recordings:
-    """As `halfstep.worker.amp.capture.Graphs`; counts what it is asked for."""
+    """As `halfstep.worker.amp.faster.capture.Graphs`; counts what it is asked for."""
 
     def __init__(self) -> None:
         self.rehearsed = 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
-from halfstep.worker.amp.telemetry import StepRow
+from halfstep.worker.amp.record.rows import StepRow
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

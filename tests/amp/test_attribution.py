@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfstep.worker.amp import MixedPrecisionConfig
-from halfstep.worker.amp.attribution import Tracer
+from halfstep.worker.amp.diagnosis.attribution import Tracer
 from tests.amp.runs import Recorded, make_batches
 
 MODES: dict[str, dict[str, Any]] = {

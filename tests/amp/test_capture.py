@@ -42,8 +42,8 @@ MODES: dict[str, dict[str, Any]] = {
 def recordings(monkeypatch: pytest.MonkeyPatch) -> Recordings:
     """The device's memory is not the host's, and its graphs are these."""
     stand_in = Recordings()
-    monkeypatch.setattr("halfstep.worker.amp.step.host_sees", lambda _device: False)
-    monkeypatch.setattr("halfstep.worker.amp.capture.graphs_for", lambda _device: stand_in)
+    monkeypatch.setattr("halfstep.worker.amp.step.training_step.host_sees", lambda _device: False)
+    monkeypatch.setattr("halfstep.worker.amp.faster.capture.graphs_for", lambda _device: stand_in)
     return stand_in
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfstep.worker.amp import MixedPrecisionConfig
-from halfstep.worker.amp.checkpointing import recompute_blocks
+from halfstep.worker.amp.faster.recomputation import recompute_blocks
 from tests.amp.runs import Recorded, make_batches, make_mlp
 
 

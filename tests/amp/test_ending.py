@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from halfstep.worker.amp import MixedPrecisionConfig, step
-from halfstep.worker.amp.telemetry import StepRow
+from halfstep.worker.amp import MixedPrecisionConfig
+from halfstep.worker.amp.record.rows import StepRow
+from halfstep.worker.amp.step import training_step
 from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_norm_net
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ def comparable(row: StepRow) -> tuple[Any, ...]:
 def both(monkeypatch: pytest.MonkeyPatch, train: Callable[[], Any]) -> list[Any]:
     results = []
     for sees in (True, False):
-        monkeypatch.setattr(step, "host_sees", lambda device, sees=sees: sees)
+        monkeypatch.setattr(training_step, "host_sees", lambda device, sees=sees: sees)
         torch.manual_seed(3)
         results.append(train())
     return results

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.worker.amp import MixedPrecisionConfig, private
+from halfstep.worker.amp import MixedPrecisionConfig, kernels
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_norm_net
 
 
 @pytest.fixture(autouse=True)
 def fresh_proof() -> Iterator[None]:
-    private.kernels.cache_clear()
+    kernels.kernels.cache_clear()
     yield
-    private.kernels.cache_clear()
+    kernels.kernels.cache_clear()
 
 
 def tensors(*, poison: float | None = None) -> list[torch.Tensor]:
@@ -27,19 +27,19 @@ def tensors(*, poison: float | None = None) -> list[torch.Tensor]:
 
 
 def test_this_torch_is_used_without_stand_ins() -> None:
-    found = private.kernels("cpu")
+    found = kernels.kernels("cpu")
     assert found.fused_update_skips
-    assert found.check_and_unscale is private._check_and_unscale
-    assert found.norms is private._norms
-    assert found.multiply is private._multiply
-    assert found.copy is private._copy
+    assert found.check_and_unscale is kernels._check_and_unscale
+    assert found.norms is kernels._norms
+    assert found.multiply is kernels._multiply
+    assert found.copy is kernels._copy
 
 
 @pytest.mark.parametrize("poison", [None, float("inf"), float("-inf"), float("nan")])
 def test_stand_ins_give_the_same_results(poison: float | None) -> None:
     factor = torch.tensor(0.25)
     results = []
-    for check in (private._check_and_unscale, private.check_and_unscale_publicly):
+    for check in (kernels._check_and_unscale, kernels.check_and_unscale_publicly):
         found, values = torch.zeros(()), tensors(poison=poison)
         check(values, found, factor)
         results.append((found, values))
@@ -47,7 +47,7 @@ def test_stand_ins_give_the_same_results(poison: float | None) -> None:
     assert found.item() == public_found.item() == (0.0 if poison is None else 1.0)
     for left, right in zip(values, public_values, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
-    for left, right in zip(private._norms(tensors()), private.norms_publicly(tensors()), strict=True):
+    for left, right in zip(kernels._norms(tensors()), kernels.norms_publicly(tensors()), strict=True):
         assert torch.equal(left, right)
 
 
@@ -67,7 +67,7 @@ def test_a_torch_without_them_trains_the_same(
         return run
 
     expected = train()
-    private.kernels.cache_clear()
+    kernels.kernels.cache_clear()
 
     def wrong(tensors: list[torch.Tensor], *args: Any) -> list[torch.Tensor]:
         return [torch.zeros(()) for _ in tensors]
@@ -75,8 +75,8 @@ def test_a_torch_without_them_trains_the_same(
     # Only where the engine calls it: torch's own optimizers go on using theirs.
     replacement = wrong if failure == "wrong" else None
     proxy = Proxy({name: replacement})
-    monkeypatch.setattr(private, "torch", proxy)
-    with caplog.at_level(logging.WARNING, logger="halfstep.worker.amp.private"):
+    monkeypatch.setattr(kernels, "torch", proxy)
+    with caplog.at_level(logging.WARNING, logger="halfstep.worker.amp.kernels"):
         found = train()
     assert "using the slower public one" in caplog.text
     assert [(row.loss, row.scale) for row in found.rows] == [(row.loss, row.scale) for row in expected.rows]
@@ -101,7 +101,7 @@ class Proxy:
 def test_a_torch_whose_fused_optimizers_ignore_the_flag_is_read_by_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(private, "_fused_update_skips", lambda device_type: False)
+    monkeypatch.setattr(kernels, "_fused_update_skips", lambda device_type: False)
     model = make_norm_net()
     run = Recorded(MixedPrecisionConfig(), model, OPTIMIZERS["adamw-fused"](model.parameters()))
     run.run(make_batches(5))

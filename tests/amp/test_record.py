@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfstep.worker.amp import MixedPrecisionConfig
-from halfstep.worker.amp.ring import RING_STEPS
+from halfstep.worker.amp.record.ring import RING_STEPS
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches
 
 pytestmark = pytest.mark.usefixtures("ending")

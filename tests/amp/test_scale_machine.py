@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfstep.worker.amp import MixedPrecisionConfig
-from halfstep.worker.amp.scaling import EARLY_GROWTH_ROOM, EARLY_GROWTH_RUN, LossScale
+from halfstep.worker.amp.update.loss_scale import EARLY_GROWTH_ROOM, EARLY_GROWTH_RUN, LossScale
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from halfstep.worker.amp import MixedPrecisionConfig
-from halfstep.worker.amp.incidents import WATCHED_STEPS
+from halfstep.worker.amp.diagnosis.repetition import WATCHED_STEPS
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp
 
 pytestmark = pytest.mark.usefixtures("ending")

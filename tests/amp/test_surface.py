@@ -16,10 +16,10 @@ from halfstep.worker.amp import (
     MixedPrecisionMode,
     MixedPrecisionTrainer,
     PrecisionLevel,
-    step,
 )
+from halfstep.worker.amp.diagnosis.repetition import WATCHED_STEPS
 from halfstep.worker.amp.errors import SetupError, StepError
-from halfstep.worker.amp.incidents import WATCHED_STEPS
+from halfstep.worker.amp.step import training_step
 from tests.amp.runs import OPTIMIZERS, Recorded, make_batches, make_mlp, make_norm_net
 
 
@@ -163,7 +163,7 @@ def test_a_steady_state_step_reads_nothing_back(settings: dict[str, Any], optimi
 def test_an_optimizer_that_is_not_fused_reads_once_a_step_and_says_so(
     sees: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "host_sees", lambda device: sees)
+    monkeypatch.setattr(training_step, "host_sees", lambda device: sees)
     model = make_mlp()
     # SGD: Adam and its like read their own step counters besides.
     run = Recorded(MixedPrecisionConfig(), model, OPTIMIZERS["sgd-momentum"](model.parameters()))

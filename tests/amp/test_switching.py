@@ -9,7 +9,7 @@ from torch import nn
 
 from halfstep.worker.amp import MixedPrecisionConfig
 from halfstep.worker.amp.errors import NonFiniteLoss, TooManySkips
-from halfstep.worker.amp.memory import MemoryMonitor
+from halfstep.worker.amp.record.memory import MemoryMonitor
 from tests.amp.runs import Batch, Recorded, make_batches, make_mlp
 
 

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from halfstep.service import queue
 from halfstep.service.api import create_app
 from halfstep.service.contract.metrics import LiveStats, StepMetrics
+from halfstep.service.contract.states import JobState
 from halfstep.service.files.storage import MODEL_FILE
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs, record
@@ -124,9 +125,7 @@ class Trainer:
             )
         return place
 
-    def end(
-        self, job_id: str, fence: int, state: jobs.JobState = jobs.JobState.SUCCEEDED, **reason: str
-    ) -> None:
+    def end(self, job_id: str, fence: int, state: JobState = JobState.SUCCEEDED, **reason: str) -> None:
         """Finish the job."""
         with self._database.begin() as session:
             jobs.finish(session, job_id, fence, state, reason or None)

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from halfstep.service.contract.metrics import METRIC_COLUMNS, Evaluation
+from halfstep.service.contract.states import JobState
 from halfstep.service.store import events, jobs, record
 from halfstep.service.store.sql.database import Database
 
@@ -132,7 +133,7 @@ def test_no_kind_of_change_is_answered_with_304(
     assert changed()["state"] == "running"
     client.post(f"/jobs/{job_id}/cancel")
     assert changed()["state"] == "cancelling"
-    trainer.end(job_id, fence, jobs.JobState.CANCELLED)
+    trainer.end(job_id, fence, JobState.CANCELLED)
     assert changed()["is_terminal"]
     assert client.delete(f"/jobs/{job_id}").status_code == 204
     assert client.get(f"/jobs/{job_id}/stats", headers={"if-none-match": etag}).status_code == 404

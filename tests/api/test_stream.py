@@ -21,7 +21,7 @@ from halfstep.service.store import events, jobs, record
 from halfstep.service.store.record.following import News, Position
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tenants import keys
-from halfstep.worker.reporting import Reporter
+from halfstep.worker.job.reporting import Reporter
 
 from .conftest import LIVE, Trainer, step_row
 

@@ -300,9 +300,11 @@ def test_the_worker_image_has_what_a_worker_needs(tmp_path: Path) -> None:
     image = build(DOCKER / "Dockerfile.worker", tmp_path)
     assert image.command == ["worker"]
     assert "Run jobs on this machine's device" in image.run(*image.command, "--help")
-    for needed in ("torch", "sklearn", "safetensors", "halfstep.worker.child", "halfstep.worker.app"):
+    for needed in ("torch", "sklearn", "safetensors", "halfstep.worker.job.child", "halfstep.worker.app"):
         assert image.has(needed)
-    code = "import halfstep.worker.app, halfstep.worker.child, torch; print(torch.__version__.split('+')[0])"
+    code = (
+        "import halfstep.worker.app, halfstep.worker.job.child, torch; print(torch.__version__.split('+')[0])"
+    )
     ran = subprocess.run(
         [image.python, "-I", "-c", code], env=image.environment(), capture_output=True, text=True, check=False
     )

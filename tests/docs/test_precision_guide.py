@@ -16,8 +16,8 @@ from halfstep.service.contract.precision import (
     PrecisionLevel,
 )
 from halfstep.service.contract.spec import JobSpec
+from halfstep.worker.amp.diagnosis.run_health import QUIET_STEPS
 from halfstep.worker.amp.errors import SetupError
-from halfstep.worker.amp.supervision import QUIET_STEPS
 from tests.training.jobs import run
 
 ROOT = Path(__file__).parents[2]

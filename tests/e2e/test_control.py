@@ -70,9 +70,9 @@ def test_a_paused_job_frees_its_device_and_goes_on_as_if_it_had_not_been(serving
 GATED_MODEL = """
 import time
 from pathlib import Path
-from halfstep.worker.training.components.mlp import MlpParameters, build_mlp
+from halfstep.worker.training.components.models.mlp import MlpParameters, build_mlp
 from halfstep.worker.training.components.registry import register_model
-from halfstep.worker.training.data import InputKind, Task
+from halfstep.worker.training.data.dataset import InputKind, Task
 
 @register_model("gated", MlpParameters, summary="An mlp that is built once a file `open` is there.",
                 inputs=(InputKind.FEATURES,), tasks=(Task.CLASSIFICATION,))

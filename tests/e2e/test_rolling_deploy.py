@@ -118,9 +118,12 @@ def later_version(folder: Path, head: str) -> tuple[str, Path]:
     number = int(head.partition("_")[0])
     revision = f"{number + 1:04}_since_{number:04}"
     later = folder / "later"
-    shutil.copytree(ROOT / "migrations", later / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "src" / "halfstep", later / "halfstep", ignore=shutil.ignore_patterns("__pycache__")
+    )
     content = MIGRATION.format(revision=revision, head=head)
-    (later / "migrations" / "versions" / f"{revision}.py").write_text(content, encoding="utf-8")
+    versions = later / "halfstep" / "migrations" / "versions"
+    (versions / f"{revision}.py").write_text(content, encoding="utf-8")
     return revision, later
 
 

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.metrics import METRIC_COLUMNS
 from halfstep.service.store import jobs, record
 from halfstep.service.store.sql.database import Database
-from halfstep.worker.training import restoring
-from halfstep.worker.training.checkpoint import CheckpointRef
+from halfstep.worker.training.checkpoints import reading
+from halfstep.worker.training.checkpoints.writing import CheckpointRef
 from halfstep.worker.training.errors import CheckpointDamaged
 from tests.faults.checker import Change, Evidence, Reference, Request, Saved, Seen
 
@@ -130,7 +130,7 @@ def gather(
 
 def _loads(kept: jobs.Checkpoint, data_dir: Path) -> bool:
     try:
-        restoring.load(
+        reading.load(
             CheckpointRef(
                 step=kept.step,
                 path=data_dir / kept.path,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halfstep.worker.training.components.parameters import Count, NonNegative, Parameters, Share, Width
 from halfstep.worker.training.components.registry import register_model
-from halfstep.worker.training.data import DataInfo, InputKind, Task
+from halfstep.worker.training.data.dataset import DataInfo, InputKind, Task
 
 
 class PacedParameters(Parameters):

@@ -65,7 +65,13 @@ MUTANTS = (
     ),
     Mutant(
         "skip the fsync",
-        (("worker/training/checkpoint.py", "            os.fsync(file.fileno())", "            pass"),),
+        (
+            (
+                "worker/training/checkpoints/writing.py",
+                "            os.fsync(file.fileno())",
+                "            pass",
+            ),
+        ),
         ("power loss",),
         ("past its first a checkpoint loads",),
     ),
@@ -85,9 +91,9 @@ MUTANTS = (
         "keep one checkpoint",
         (
             (
-                "worker/training/run.py",
-                "known, training.keep_checkpoints, best=training.keep_best_checkpoint",
-                "known, 1, best=training.keep_best_checkpoint",
+                "worker/training/checkpoints/keeping.py",
+                "known, self._training.keep_checkpoints, best=self._training.keep_best_checkpoint",
+                "known, 1, best=self._training.keep_best_checkpoint",
             ),
         ),
         ("truncate a checkpoint",),

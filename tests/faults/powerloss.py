@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.service.faultpoints import HITS, VARIABLE
-from halfstep.worker import reporting
+from halfstep.worker.job import reporting
 
 # A file is known by its inode and when it was last written: the inode of a removed file is soon another's.
 Known = tuple[int, int]

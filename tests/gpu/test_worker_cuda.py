@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfstep.worker.training import speed
-from halfstep.worker.training.capability import probe
+from halfstep.worker.training.device import speed
+from halfstep.worker.training.device.capability import probe
 from tests.e2e.cluster import ROOT
 
 pytestmark = [

@@ -15,6 +15,7 @@ from halfstep.service.contract.states import JobState
 from halfstep.service.errors import Conflict, StaleFence
 from halfstep.service.store import events, jobs, record
 from halfstep.service.store.job_rows import lock_fenced
+from halfstep.service.store.record import writing
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import jobs as job_rows
 from tests.store.making import CPU, LIVE, claimed, running, spec, state_of, steps, submitted
@@ -112,7 +113,7 @@ def test_a_claim_between_a_zombies_check_and_its_write_cannot_happen(
         return claimed(database).fence
 
     with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
-        patched.setattr(record, "lock_fenced", check_then_dawdle)
+        patched.setattr(writing, "lock_fenced", check_then_dawdle)
         first = pool.submit(zombie)
         assert checked.wait(timeout=30)
         second = pool.submit(successor)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from halfstep.service.files.remote import Mirror
-from halfstep.worker.training import checkpoint
-from halfstep.worker.training.checkpoint import CheckpointRef, Payload
-from halfstep.worker.training.restoring import load
+from halfstep.worker.training.checkpoints import writing
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import CheckpointRef, Payload
 from tests.stores import Store, store_in
 from tests.training.test_checkpoint import payload
 
@@ -24,7 +24,7 @@ class Place:
     store: Path | None
 
     def saved(self, step: int = 7, value: float = 1.0, fence: int = 3) -> CheckpointRef:
-        return checkpoint.save(self.directory, fence, step, payload(value), mirror=self.mirror).ref
+        return writing.save(self.directory, fence, step, payload(value), mirror=self.mirror).ref
 
     def kept(self, ref: CheckpointRef) -> CheckpointRef:
         """The same with the path at which its files are."""

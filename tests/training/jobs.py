@@ -9,8 +9,8 @@ from typing import Any
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.files.remote import Mirror
-from halfstep.worker.training import checkpoint
-from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.worker.training.checkpoints import writing
+from halfstep.worker.training.checkpoints.writing import CheckpointInfo, CheckpointRef
 from halfstep.worker.training.loop import Outcome, RunConfig, StopRequest, train
 
 
@@ -68,7 +68,7 @@ class Recorder:
 
     def superseded(self, checkpoints: Sequence[CheckpointRef]) -> None:
         self.refs = [ref for ref in self.refs if ref not in checkpoints]
-        checkpoint.remove(checkpoints, self.mirror)
+        writing.remove(checkpoints, self.mirror)
 
     def coded(self, code: str) -> list[dict[str, Any]]:
         """The data of the events with this code."""
@@ -114,7 +114,7 @@ def run(
 
 def weights_sha256(recorder: Recorder) -> str:
     """Of the newest checkpoint's weights, read from its file."""
-    return hashlib.sha256((recorder.refs[0].path / checkpoint.WEIGHTS_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256((recorder.refs[0].path / writing.WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
 def same_numbers(left: Sequence[StepMetrics], right: Sequence[StepMetrics]) -> bool:

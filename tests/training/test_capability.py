@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from halfstep.worker.training import capability, speed, warmup
+from halfstep.worker.training.device import capability, speed, warmup
 
 
 def test_the_probe_fits_the_workers_record() -> None:
@@ -41,7 +41,7 @@ def test_after_the_warm_up_a_job_imports_nothing_of_torch() -> None:
 import sys, tempfile
 from pathlib import Path
 from tests.training.jobs import job, run
-from halfstep.worker.training import warmup
+from halfstep.worker.training.device import warmup
 from halfstep.worker.training.loop import StopRequest
 warmup.take_a_step()
 before = {name for name in sys.modules if name.split(".")[0] == "torch"}

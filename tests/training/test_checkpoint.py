@@ -7,15 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from halfstep.worker.training import checkpoint
-from halfstep.worker.training.checkpoint import (
+from halfstep.worker.training.checkpoints import writing
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import (
     MANIFEST_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
     CheckpointInfo,
     Payload,
 )
-from halfstep.worker.training.restoring import load
 
 
 def payload(value: float = 1.0) -> Payload:
@@ -27,7 +27,7 @@ def payload(value: float = 1.0) -> Payload:
 
 
 def saved(directory: Path, step: int = 7, value: float = 1.0, fence: int = 3) -> CheckpointInfo:
-    return checkpoint.save(directory, fence, step, payload(value))
+    return writing.save(directory, fence, step, payload(value))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -84,6 +84,6 @@ def test_the_order_of_writing_survives_a_power_cut(tmp_path: Path, monkeypatch: 
 def test_leftovers_of_older_attempts_are_removed(tmp_path: Path) -> None:
     kept, left, present = saved(tmp_path, fence=1), saved(tmp_path, step=8, fence=1), saved(tmp_path, fence=2)
     (tmp_path / "other").mkdir()
-    checkpoint.remove_unreferenced(tmp_path, [kept.ref], below_fence=2)
+    writing.remove_unreferenced(tmp_path, [kept.ref], below_fence=2)
     assert not left.path.exists()
     assert {path.name for path in tmp_path.iterdir()} == {kept.path.name, present.path.name, "other"}

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfstep.worker.training.batches import Batches, Plan, Position
 from halfstep.worker.training.components import (
     DataRequest,
     Dataset,
@@ -20,10 +19,12 @@ from halfstep.worker.training.components import (
     Task,
     TensorSplit,
     TokenSplit,
-    digits,
     find,
 )
-from halfstep.worker.training.data import epoch_order
+from halfstep.worker.training.components.datasets import digits
+from halfstep.worker.training.data.batches import Batches
+from halfstep.worker.training.data.dataset import epoch_order
+from halfstep.worker.training.data.plan import Plan, Position
 from halfstep.worker.training.errors import DataError
 
 CPU = torch.device("cpu")

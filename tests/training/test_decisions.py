@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from halfstep.service.contract.spec import JobSpec
-from halfstep.worker.amp.memory import MemoryMonitor
+from halfstep.worker.amp.record.memory import MemoryMonitor
 from tests.training.jobs import Recorder, job, run
 
 

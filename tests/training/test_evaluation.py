@@ -106,7 +106,7 @@ def test_evaluating_changes_nothing_of_the_training(tmp_path: Path) -> None:
     spec = job(**WITH_STATE, dataset=data, training={"evaluate_every_steps": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "halfstep.worker.training.components.synthetic.Dataset",
+            "halfstep.worker.training.components.datasets.synthetic.Dataset",
             lambda **kw: Dataset(**kw | {"held_out": split}),
         )
         run(spec, tmp_path / "with", recorder)

@@ -107,7 +107,7 @@ def test_an_operation_without_a_deterministic_kernel(tmp_path: Path, failing_job
 
 
 def test_a_dataset_that_fails_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halfstep.worker.training.data import TensorSplit
+    from halfstep.worker.training.data.dataset import TensorSplit
 
     batch = TensorSplit.batch
     calls = 0

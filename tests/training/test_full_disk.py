@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from halfstep.worker.training.checkpoints.reading import load
 from halfstep.worker.training.errors import StorageFailed
-from halfstep.worker.training.restoring import load
 from tests.training.jobs import job, run, same_numbers, weights_sha256
 from tests.training.test_checkpoint import saved
 

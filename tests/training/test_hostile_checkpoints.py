@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.worker.training import restoring
-from halfstep.worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
+from halfstep.worker.training.checkpoints import reading
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    CheckpointRef,
+)
 from halfstep.worker.training.errors import CheckpointDamaged
-from halfstep.worker.training.restoring import load
 from tests.training.conftest import Place
 from tests.training.test_checkpoint import saved
 
@@ -149,7 +154,7 @@ def test_a_tensor_that_declares_more_than_its_storage_is_found(tmp_path: Path) -
         b'{"version": 1, "fence": 3, "step": 7, "files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}',
         b'{"version": 1, "fence": 3, "step": 7, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
         b'{"version": 1, "fence": 3, "step": 7, "files": {"model.safetensors": {"bytes": "x", "sha256": 1}}}',
-        b" " * (restoring.MAX_MANIFEST_BYTES + 1),
+        b" " * (reading.MAX_MANIFEST_BYTES + 1),
     ],
     ids=range(15),
 )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from halfstep.service.contract.metrics import Evaluation
 from halfstep.worker.training import run as run_module
-from halfstep.worker.training.checkpoint import CheckpointRef, retained
-from halfstep.worker.training.restoring import load
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import CheckpointRef, retained
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.worker.training import checkpoint
-from halfstep.worker.training.checkpoint import MANIFEST_FILE, CheckpointInfo
+from halfstep.worker.training.checkpoints import writing
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import MANIFEST_FILE, CheckpointInfo
 from halfstep.worker.training.errors import StorageFailed
 from halfstep.worker.training.loop import CHECKPOINTS, Outcome, StopRequest
-from halfstep.worker.training.restoring import load
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 
 
@@ -122,14 +122,14 @@ def test_a_checkpoint_carries_the_epoch_so_far(tmp_path: Path) -> None:
 
 
 def break_the_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    save = checkpoint.save
+    save = writing.save
 
     def failing(directory: Path, fence: int, step: int, *rest: Any, **named: Any) -> CheckpointInfo:
         if step in steps:
             raise StorageFailed(f"the checkpoint of step {step} could not be written", detail={"step": step})
         return save(directory, fence, step, *rest, **named)
 
-    monkeypatch.setattr(checkpoint, "save", failing)
+    monkeypatch.setattr(writing, "save", failing)
 
 
 def test_a_periodic_checkpoint_that_fails_is_told_and_training_goes_on(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from halfstep.service.files.remote import Mirror
-from halfstep.worker.training import checkpoint, restoring
-from halfstep.worker.training.checkpoint import (
+from halfstep.worker.training.checkpoints import reading, writing
+from halfstep.worker.training.checkpoints.reading import load
+from halfstep.worker.training.checkpoints.writing import (
     MANIFEST_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
@@ -19,7 +20,6 @@ from halfstep.worker.training.checkpoint import (
 )
 from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed, TrainingFailure
 from halfstep.worker.training.loop import CHECKPOINTS
-from halfstep.worker.training.restoring import load
 from tests.stores import Store, cut, flip
 from tests.training.conftest import Place
 from tests.training.jobs import Recorder, job, run, same_numbers
@@ -189,8 +189,8 @@ def test_a_store_that_hangs_costs_a_bounded_wait_and_its_late_answer_nothing(
 def test_leftovers_of_older_attempts_are_removed_and_nothing_else(place: Place) -> None:
     kept, left, present = place.saved(fence=1), place.saved(step=8, fence=1), place.saved(fence=2)
     (place.kept(kept).path.parent / "other").mkdir()
-    (place.directory / f"{checkpoint.FETCHED}left").mkdir()
-    checkpoint.remove_unreferenced(place.directory, [kept], below_fence=2, mirror=place.mirror)
+    (place.directory / f"{writing.FETCHED}left").mkdir()
+    writing.remove_unreferenced(place.directory, [kept], below_fence=2, mirror=place.mirror)
     assert not place.kept(left).path.exists()
     assert names_at(place.kept(kept).path.parent) == [kept.path.name, present.path.name, "other"]
     assert place.mirror is None or names_at(place.directory) == []
@@ -220,7 +220,7 @@ def test_what_cannot_be_removed_costs_space_and_not_the_job(
 def test_one_bad_transfer_is_no_damage(tmp_path: Path, store: Store) -> None:
     """A checkpoint that is called damaged is dropped with its files."""
     mirror = store.mirror(tmp_path)
-    ref = checkpoint.save(tmp_path / "j", 3, 7, payload(), mirror=mirror).ref
+    ref = writing.save(tmp_path / "j", 3, 7, payload(), mirror=mirror).ref
     whole = {name: (store.directory / "j" / ref.path.name / name).read_bytes() for name in FILES}
 
     def once(path: str) -> None:
@@ -240,7 +240,7 @@ def test_a_store_that_is_away_is_waited_for_and_says_nothing_of_what_it_has(
     recorder = Recorder()
     run(spec, tmp_path, recorder, stop_after=5, mirror=mirror)
     refs, rows = list(recorder.refs), list(recorder.rows)
-    monkeypatch.setattr(restoring, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reading, "AGAIN_SECONDS", 0.01)
     tries = threading.Semaphore(0)
 
     def away(_path: str) -> None:
@@ -291,7 +291,7 @@ def test_a_file_that_is_far_too_long_is_not_fetched_whole(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
     mirror = store.mirror(tmp_path)
-    ref = checkpoint.save(tmp_path / "j", 3, 7, payload(), mirror=mirror).ref
+    ref = writing.save(tmp_path / "j", 3, 7, payload(), mirror=mirror).ref
     with (store.directory / "j" / ref.path.name / name).open("r+b") as file:
         file.truncate(2**26)
     fetched: list[int] = []

@@ -13,10 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from halfstep.worker.training import checkpoint, restoring
-from halfstep.worker.training.checkpoint import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, CheckpointRef
+from halfstep.worker.training.checkpoints import reading, writing
+from halfstep.worker.training.checkpoints.reading import load, load_newest
+from halfstep.worker.training.checkpoints.writing import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    CheckpointRef,
+)
 from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed
-from halfstep.worker.training.restoring import load, load_newest
 from tests.training.conftest import Place
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256
 from tests.training.test_checkpoint import saved
@@ -167,9 +172,9 @@ def test_what_is_far_too_long_is_not_read(place: Place, monkeypatch: pytest.Monk
 
     def sha256_of(file: io.BufferedReader) -> str:
         hashed.append(os.fstat(file.fileno()).st_size)
-        return checkpoint.sha256_of(file)
+        return writing.sha256_of(file)
 
-    monkeypatch.setattr(restoring, "sha256_of", sha256_of)
+    monkeypatch.setattr(reading, "sha256_of", sha256_of)
     with pytest.raises(CheckpointDamaged, match=r"bytes in state\.pt instead of"):
         place.load(ref)
     assert max(hashed, default=0) < 2**22
@@ -222,7 +227,7 @@ def test_a_place_that_is_not_there_says_nothing_of_what_is_in_it(
         def refused(*_: Any, **__: Any) -> int:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(restoring.os, "open", refused)
+        monkeypatch.setattr(reading.os, "open", refused)
     with pytest.raises(StorageFailed, match="cannot be reached from this worker"):
         run(spec, tmp_path, recorder, fence=2)
     assert (recorder.refs, recorder.rows) == (refs, rows)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfstep.worker.training.checkpoint import STATE_FILE
+from halfstep.worker.training.checkpoints.writing import STATE_FILE
 from halfstep.worker.training.components import InputKind, NoParameters, Task, register_model, registry
 from halfstep.worker.training.loop import StopRequest
 from tests.training.jobs import Recorder, job, run, same_numbers, weights_sha256

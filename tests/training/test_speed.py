@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfstep.service.contract.speed import DtypeSpeed
-from halfstep.worker.training import speed
+from halfstep.worker.training.device import speed
 
 CPU = torch.device("cpu")
 FOUND = {

@@ -10,9 +10,9 @@ from halfstep.service.contract.states import RequestedAction
 from halfstep.service.store import jobs
 from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.sql.database import Database
+from halfstep.worker.host.conclusions import conclusion
+from halfstep.worker.host.supervision import Ending
 from halfstep.worker.protocol import Done
-from halfstep.worker.supervise import Ending
-from halfstep.worker.tasks import _conclusion
 
 CPU = Capability(
     device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1
@@ -43,7 +43,7 @@ def ending(done: Done | None = None, returncode: int = 0, killed_for: str | None
 
 
 def concluded(database: Database, job: jobs.Job, how: Ending, *, memory: bool = False) -> jobs.Job:
-    write: Callable[[Session], jobs.Job] | None = _conclusion(job, how, host_memory_killed=memory)
+    write: Callable[[Session], jobs.Job] | None = conclusion(job, how, host_memory_killed=memory)
     assert write is not None
     return database.retry(write)
 
@@ -111,4 +111,4 @@ def test_a_crash_while_cancelling_is_a_cancel(database: Database) -> None:
     "how", [ending(returncode=-9, killed_for="lost"), ending(Done(outcome="stale", step=0))]
 )
 def test_who_lost_the_lease_writes_nothing(database: Database, how: Ending) -> None:
-    assert _conclusion(running(database), how, host_memory_killed=False) is None
+    assert conclusion(running(database), how, host_memory_killed=False) is None

@@ -8,7 +8,7 @@ from halfstep.service.contract.spec import JobSpec
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs, record
 from halfstep.service.store.sql.database import Database
-from halfstep.worker import job
+from halfstep.worker.job import execution
 from halfstep.worker.protocol import RunOrder
 from tests.store.making import CPU
 
@@ -21,7 +21,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_own_folder")
 def test_a_waiting_process_is_connected(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFSTEP_DATABASE_URL", database_url)
-    prepared = job.prepare(probe=False)
+    prepared = execution.prepare(probe=False)
     try:
         assert prepared.database._engine.pool.checkedin() == 1  # type: ignore[attr-defined]
         assert prepared.ready.capability is None
@@ -34,7 +34,7 @@ def test_a_database_that_is_away_does_not_keep_a_process_from_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HALFSTEP_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
-    prepared = job.prepare(probe=False)
+    prepared = execution.prepare(probe=False)
     prepared.database.dispose()
     assert prepared.ready.versions["torch"]
 
@@ -45,7 +45,9 @@ def test_the_database_of_the_order_is_used_where_it_is_another(
     """Settings may come from a file that has changed since the worker started; the worker's own hold."""
     monkeypatch.setenv("HALFSTEP_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("HALFSTEP_DATABASE_URL", f"sqlite:///{tmp_path / 'another.db'}")
-    prepared = job.Prepared(job.prepare(probe=False).ready, Settings(), Database(Settings().sql_url))
+    prepared = execution.Prepared(
+        execution.prepare(probe=False).ready, Settings(), Database(Settings().sql_url)
+    )
     spec = JobSpec.model_validate(
         {
             "model": {"name": "mlp", "params": {"hidden": [4]}},
@@ -57,7 +59,7 @@ def test_the_database_of_the_order_is_used_where_it_is_another(
     claimed = database.retry(lambda s: jobs.claim(s, worker_id="w", capability=CPU, lease_seconds=60))
     assert claimed is not None
     settings = Settings(database_url=database.url.render_as_string(hide_password=False))
-    done = job.run(
+    done = execution.run(
         prepared,
         RunOrder(
             job_id=claimed.id,

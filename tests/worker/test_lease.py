@@ -16,7 +16,7 @@ from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.store import jobs
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import jobs as job_rows
-from halfstep.worker.lease import LeaseKeeper
+from halfstep.worker.host.lease import LeaseKeeper
 from tests.e2e.cluster import wait_for
 from tests.store.making import running
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.worker import memory_kills
+from halfstep.worker.host import memory_kills
 
 V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"
 V2 = "low 0\nhigh 0\nmax 41\noom 9\noom_kill 4\noom_group_kill 0\n"
@@ -83,7 +83,7 @@ def narrow_group() -> Iterator[Path]:
 COUNTED = """
 import subprocess, sys
 from pathlib import Path
-from halfstep.worker import memory_kills
+from halfstep.worker.host import memory_kills
 Path(sys.argv[1], "cgroup.procs").write_text("0")
 before = memory_kills.count()
 eater = subprocess.run([sys.executable, "-c", "b = bytearray(2**28)"], env={"PYTHONMALLOC": "malloc"})

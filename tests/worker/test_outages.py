@@ -15,7 +15,7 @@ from halfstep.service.contract.metrics import Evaluation
 from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.store import events, jobs, record
 from halfstep.service.store.sql.database import Database
-from halfstep.worker.reporting import Reporter
+from halfstep.worker.job.reporting import Reporter
 from tests.e2e.cluster import wait_for
 from tests.store.making import LIVE, claimed, step, submitted
 
@@ -39,7 +39,7 @@ class Failing(Database):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfstep.worker.reporting.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("halfstep.worker.job.reporting.RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.worker.process import ChildProcess, Exited
+from halfstep.worker.host.process import ChildProcess, Exited
 from halfstep.worker.protocol import Done, Progress, StopOrder
 from tests.e2e.cluster import ROOT, alive, wait_for
 
 SOON = 20.0
 PARENT = """
 import time
-from halfstep.worker.process import Spawner
+from halfstep.worker.host.process import Spawner
 child = Spawner().spawn({})
 if %(ready)s:
     child.ready.result(120)

@@ -14,10 +14,10 @@ from halfstep.service.contract.states import JobState, ReasonCode
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
 from halfstep.service.store.sql.database import Database
-from halfstep.worker import job
+from halfstep.worker.host.conclusions import conclusion, told
+from halfstep.worker.host.supervision import Ending
+from halfstep.worker.job import execution
 from halfstep.worker.protocol import RunOrder
-from halfstep.worker.supervise import Ending
-from halfstep.worker.tasks import _conclusion, _said
 from halfstep.worker.training.components import InputKind, NoParameters, Task, register_model, registry
 from tests.store.making import claimed, running, state_of, submitted
 from tests.training.jobs import job as job_spec
@@ -56,7 +56,7 @@ class Place:
         if blocked:  # a file in the place of its directory: no checkpoint can be written
             settings.job_directory(held.id).parent.mkdir(parents=True)
             settings.job_directory(held.id).touch()
-        prepared = job.Prepared(job.prepare(probe=False).ready, settings, self.database)
+        prepared = execution.Prepared(execution.prepare(probe=False).ready, settings, self.database)
         order = RunOrder(
             job_id=held.id,
             fence=held.fence,
@@ -68,9 +68,9 @@ class Place:
             checkpoints=[],
             speeds={},
         )
-        done = job.run(prepared, order, lambda: None, lambda _step, _seconds: None)
+        done = execution.run(prepared, order, lambda: None, lambda _step, _seconds: None)
         assert done.outcome == "failed"
-        return self.stored(held, _said(held, done))
+        return self.stored(held, told(held, done))
 
     def broken(self, fail: Callable[[nn.Module], None], **blocks: Any) -> dict[str, Any]:
         register_model(
@@ -91,7 +91,7 @@ class Place:
         held = running(self.database, max_attempts=1)
         plain = {"done": None, "returncode": -9, "killed_for": None, "last_step": 7, "last_words": "the end"}
         memory = how.pop("host_memory_killed", False)
-        write = _conclusion(held, Ending(**(plain | how)), host_memory_killed=memory)
+        write = conclusion(held, Ending(**(plain | how)), host_memory_killed=memory)
         assert write is not None
         return self.stored(held, write)
 
@@ -278,7 +278,7 @@ def test_a_reason_does_not_grow_with_what_a_process_prints(place: Place) -> None
 def test_an_attempt_that_is_left_is_not_spent(place: Place) -> None:
     held = running(place.database, max_attempts=2)
     how = Ending(done=None, returncode=-11, killed_for=None, last_step=7, last_words="")
-    write = _conclusion(held, how, host_memory_killed=False)
+    write = conclusion(held, how, host_memory_killed=False)
     assert write is not None
     place.database.retry(write)
     assert state_of(place.database, held) is JobState.QUEUED
@@ -304,7 +304,7 @@ def test_a_defect_that_nobody_foresaw_leaves_its_traceback(
     def defect(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(job, "train", defect)
+    monkeypatch.setattr(execution, "train", defect)
     reason = place.run({})
     assert reason["code"] == ReasonCode.COMPONENT_ERROR
     assert "raised ZeroDivisionError" in reason["message"]

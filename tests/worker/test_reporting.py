@@ -13,8 +13,8 @@ from halfstep.service.errors import StaleFence, StoreUnavailable
 from halfstep.service.store import events, jobs, record
 from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.sql.database import Database
-from halfstep.worker.reporting import Reporter
-from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.worker.job.reporting import Reporter
+from halfstep.worker.training.checkpoints.writing import CheckpointInfo, CheckpointRef
 
 SOON = 20.0
 CPU = Capability(
@@ -137,7 +137,7 @@ def test_resuming_removes_what_lies_beyond_before_it_returns(database: Away, job
 def test_a_first_attempt_trains_without_waiting_for_the_database(
     database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfstep.worker.reporting.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("halfstep.worker.job.reporting.RETRY_SECONDS", 0.01)
     database.away = True
     told = reporter(database, job)
     told.opened(total_steps=1)
@@ -152,7 +152,7 @@ def test_a_first_attempt_trains_without_waiting_for_the_database(
 def test_a_later_attempt_waits_until_what_an_earlier_one_left_is_removed(
     database: Away, job: jobs.Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfstep.worker.reporting.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("halfstep.worker.job.reporting.RETRY_SECONDS", 0.01)
     first = reporter(database, job)
     first.opened(total_steps=None)
     first.steps([row(1), row(2)], LIVE)
@@ -180,7 +180,7 @@ def test_a_later_attempt_waits_until_what_an_earlier_one_left_is_removed(
 def test_a_checkpoints_files_go_only_after_its_successor_is_referred_to(
     database: Away, job: jobs.Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfstep.worker.reporting.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("halfstep.worker.job.reporting.RETRY_SECONDS", 0.01)
     folders = [tmp_path / "1", tmp_path / "2"]
     for folder in folders:
         folder.mkdir()

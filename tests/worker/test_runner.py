@@ -14,11 +14,11 @@ from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
 from halfstep.service.store.fleet.workers import Capability
 from halfstep.service.store.sql.database import Database
-from halfstep.worker import tasks
-from halfstep.worker.process import Exited
+from halfstep.worker.host import runner
+from halfstep.worker.host.process import Exited
+from halfstep.worker.host.runner import Runner
+from halfstep.worker.host.slots import Slot
 from halfstep.worker.protocol import Done, Message, Ready, RunOrder
-from halfstep.worker.slots import Slot
-from halfstep.worker.tasks import Runner
 
 CPU = Capability(
     device_type="cpu", bf16=True, fp16=True, memory_bytes=2**30, device_name="cpu", device_count=1
@@ -68,7 +68,7 @@ class Nursery:
 @pytest.fixture
 def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
-    monkeypatch.setattr(tasks, "enqueue", lambda _settings, *some: ids.extend(some) or True)
+    monkeypatch.setattr(runner, "enqueue", lambda _settings, *some: ids.extend(some) or True)
     return ids
 
 
@@ -80,7 +80,7 @@ def _all_ended(database: Database) -> Iterator[None]:
             thread.join(timeout=10)
 
 
-def runner(database: Database, folder: Path, nursery: Nursery, *, slots: int = 1) -> Runner:
+def made(database: Database, folder: Path, nursery: Nursery, *, slots: int = 1) -> Runner:
     return Runner(
         Settings(data_dir=folder, database_url=database.url.render_as_string(hide_password=False)),
         database,
@@ -112,7 +112,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 def waiting_for_a_process(database: Database, folder: Path) -> tuple[Runner, Nursery, str]:
     """A runner that found a job, which one; its slot's process is started and not yet ready."""
     nursery = Nursery(database, ready=False)
-    worker = runner(database, folder, nursery)
+    worker = made(database, folder, nursery)
     job_id = submit(database, max_attempts=1)
     worker.look()
     wait_for(lambda: len(nursery.children) == 1)
@@ -135,7 +135,7 @@ def test_nobody_waits_for_a_process_without_a_job(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
     nursery = Nursery(database, ready=False)
-    worker = runner(database, tmp_path, nursery)
+    worker = made(database, tmp_path, nursery)
     worker.run_until_idle(None)  # returns, though no process is or gets ready
     assert nursery.children == []
 
@@ -168,7 +168,7 @@ def test_jobs_are_found_without_a_message_at_every_free_slot(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
     nursery = Nursery(database, ready=False)
-    worker = runner(database, tmp_path, nursery, slots=2)
+    worker = made(database, tmp_path, nursery, slots=2)
     worker.look()
     time.sleep(0.05)
     assert nursery.children == [], "nothing waits"
@@ -185,7 +185,7 @@ def test_jobs_are_found_without_a_message_at_every_free_slot(
 def test_a_wake_up_for_what_a_look_has_just_missed_is_not_lost(
     database: Database, tmp_path: Path, woken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = runner(database, tmp_path, Nursery(database, ready=True))
+    worker = made(database, tmp_path, Nursery(database, ready=True))
     worker._slots[0].warm_up()
     claim, late = worker._claim, []
 
@@ -206,7 +206,7 @@ def test_what_this_worker_cannot_run_is_nothing_to_look_for(
 ) -> None:
     nursery = Nursery(database, ready=True)
     submit(database, resources={"device": "cuda"})
-    runner(database, tmp_path, nursery).look()
+    made(database, tmp_path, nursery).look()
     time.sleep(0.1)
     assert nursery.children == []
 
@@ -215,7 +215,7 @@ def test_whoever_gives_a_job_back_wakes_another_for_it(
     database: Database, tmp_path: Path, woken: list[str]
 ) -> None:
     nursery = Nursery(database, ready=True, outcome="drain")
-    worker = runner(database, tmp_path, nursery)
+    worker = made(database, tmp_path, nursery)
     nursery.on_order = worker.drain
     job_id = submit(database)
     worker.look()

@@ -10,10 +10,11 @@ import pytest
 
 from halfstep.service.errors import ConfigurationError
 from halfstep.service.settings import Settings
-from halfstep.worker import slots as slots_module
-from halfstep.worker.process import Spawner
+from halfstep.worker.host import slots as slots_module
+from halfstep.worker.host.devices import ALLOCATOR, build_slots, gpu_ids
+from halfstep.worker.host.process import Spawner
+from halfstep.worker.host.slots import Slot
 from halfstep.worker.protocol import Ready
-from halfstep.worker.slots import ALLOCATOR, Slot, build_slots, gpu_ids
 from tests.e2e.cluster import alive
 
 READY = Ready(capability=None, components=[], versions={})

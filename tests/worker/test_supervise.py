@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from halfstep.worker.process import Exited
+from halfstep.worker.host.process import Exited
+from halfstep.worker.host.supervision import Ending, Graces, LeaseLost, StopRequested, supervise
 from halfstep.worker.protocol import Done, Progress, StopOrder
-from halfstep.worker.supervise import Ending, Graces, LeaseLost, StopRequested, supervise
 
 SOON = 10.0  # how long a test waits for what must happen at once
 

@@ -7,8 +7,8 @@ trainer.train(loader, num_epochs=10)
 """
 
 from halfstep.service.contract.precision import MixedPrecisionConfig, MixedPrecisionMode, PrecisionLevel
+from halfstep.worker.amp.diagnosis.state import MixedPrecisionState
 from halfstep.worker.amp.manager import MixedPrecisionManager
-from halfstep.worker.amp.state import MixedPrecisionState
 from halfstep.worker.amp.trainer import MixedPrecisionTrainer
 
 __all__ = [

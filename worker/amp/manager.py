@@ -19,21 +19,21 @@ from torch.optim import Optimizer
 from halfstep.service.contract.precision import MixedPrecisionConfig, ResolvedPrecision, resolve
 from halfstep.worker.amp.admission import check_weights, device_of
 from halfstep.worker.amp.capability import capability_of
-from halfstep.worker.amp.capture import CaptureMode
-from halfstep.worker.amp.checkpointing import recompute_blocks
-from halfstep.worker.amp.compiling import CompileMode, forward_of
+from halfstep.worker.amp.diagnosis.ledger import Ledger
+from halfstep.worker.amp.diagnosis.state import MixedPrecisionState
 from halfstep.worker.amp.errors import SetupError, StateMismatchError, StepError
 from halfstep.worker.amp.evaluation import evaluating
-from halfstep.worker.amp.guard import RandomStates
-from halfstep.worker.amp.ledger import Ledger
-from halfstep.worker.amp.memory import MemoryMonitor
+from halfstep.worker.amp.faster.capture import CaptureMode
+from halfstep.worker.amp.faster.compiling import CompileMode, forward_of
+from halfstep.worker.amp.faster.recomputation import recompute_blocks
 from halfstep.worker.amp.policies import PrecisionPolicy, Transition, build_policy
-from halfstep.worker.amp.result import StepResult
+from halfstep.worker.amp.record.memory import MemoryMonitor
+from halfstep.worker.amp.record.rows import EngineEvent, FinishedStep
 from halfstep.worker.amp.saved_state import STATE_FORMAT, check_format, config_differences, plain
-from halfstep.worker.amp.schedule import Interval, Schedule
-from halfstep.worker.amp.state import MixedPrecisionState
-from halfstep.worker.amp.step import TrainingStep
-from halfstep.worker.amp.telemetry import EngineEvent, FinishedStep
+from halfstep.worker.amp.step.result import StepResult
+from halfstep.worker.amp.step.training_step import TrainingStep
+from halfstep.worker.amp.update.learning_rates import Interval, Schedule
+from halfstep.worker.amp.update.snapshots import RandomStates
 
 DECISION_STEPS = 32
 """After every so many steps of the run the host reads what was finished, and decides."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.service.contract.precision import MixedPrecisionConfig
-from halfstep.worker.amp.capture import CaptureMode
-from halfstep.worker.amp.compiling import CompileMode
 from halfstep.worker.amp.errors import StepError
+from halfstep.worker.amp.faster.capture import CaptureMode
+from halfstep.worker.amp.faster.compiling import CompileMode
 from halfstep.worker.amp.manager import MixedPrecisionManager
-from halfstep.worker.amp.result import StepResult
-from halfstep.worker.amp.schedule import Interval
-from halfstep.worker.amp.telemetry import EngineEvent, FinishedStep, StepRow
+from halfstep.worker.amp.record.rows import EngineEvent, FinishedStep, StepRow
+from halfstep.worker.amp.step.result import StepResult
+from halfstep.worker.amp.update.learning_rates import Interval
 
 MicroBatch = tuple[Any, Any]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.service.contract.spec import ComponentRef, JobSpec
-from halfstep.worker.training.batches import Plan, fetch
 from halfstep.worker.training.components import (
     DataInfo,
     DataRequest,
@@ -27,6 +26,8 @@ from halfstep.worker.training.components import (
     catalogue,
     find,
 )
+from halfstep.worker.training.data.batches import fetch
+from halfstep.worker.training.data.plan import Plan
 from halfstep.worker.training.errors import ComponentFailed, DataError, InvalidComponent, TrainingFailure
 from halfstep.worker.training.failures import ran_out_of_host_memory
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from halfstep.service.contract.metrics import Evaluation
 from halfstep.worker.training.assembly import Criterion
-from halfstep.worker.training.batches import fetch
-from halfstep.worker.training.data import Dataset, Split, Task
+from halfstep.worker.training.data.batches import fetch
+from halfstep.worker.training.data.dataset import Dataset, Split, Task
 
 Forward = Callable[[Any], Any]
 

@@ -14,6 +14,7 @@ from halfstep.service.contract.precision import UnsupportedPrecisionError
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import ReasonCode
 from halfstep.worker.amp.errors import NonFiniteError, SetupError, StepError
+from halfstep.worker.remedies import less_memory
 from halfstep.worker.training.errors import (
     ComponentFailed,
     InvalidComponent,
@@ -21,7 +22,6 @@ from halfstep.worker.training.errors import (
     OutOfMemory,
     TrainingFailure,
 )
-from halfstep.worker.training.remedies import less_memory
 
 _HOST_ALLOCATOR = (
     "DefaultCPUAllocator",

@@ -19,8 +19,8 @@ from halfstep.service.contract.speed import Speeds
 from halfstep.service.files.remote import Mirror
 from halfstep.worker.amp.errors import TooManySkips
 from halfstep.worker.training import randomness
-from halfstep.worker.training.batches import Position
-from halfstep.worker.training.checkpoint import CheckpointRef, remove_unreferenced
+from halfstep.worker.training.checkpoints.writing import CheckpointRef, remove_unreferenced
+from halfstep.worker.training.data.plan import Position
 from halfstep.worker.training.errors import NonFinite
 from halfstep.worker.training.observer import Observer
 from halfstep.worker.training.run import Run

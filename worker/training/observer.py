@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
-from halfstep.worker.training.checkpoint import CheckpointInfo, CheckpointRef
+from halfstep.worker.training.checkpoints.writing import CheckpointInfo, CheckpointRef
 
 
 class Observer(Protocol):

@@ -3,9 +3,7 @@
 `loop` decides the order of things; each thing that a run can do is a method here.
 """
 
-import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,23 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.speed import Speeds, slow_precision
 from halfstep.service.faultpoints import reach
 from halfstep.service.files.remote import Mirror
 from halfstep.worker.amp import MixedPrecisionTrainer
-from halfstep.worker.amp.telemetry import EngineEvent, StepRow
-from halfstep.worker.training import checkpoint, environment, randomness
+from halfstep.worker.amp.record.rows import EngineEvent
+from halfstep.worker.training import randomness
+from halfstep.worker.training.account import Account
 from halfstep.worker.training.assembly import Assembly, assemble
-from halfstep.worker.training.batches import Batches, Plan, Position, excluded_from
-from halfstep.worker.training.checkpoint import HELD_OUT_LOSS, CheckpointRef, Payload
+from halfstep.worker.training.checkpoints.keeping import Keeping
+from halfstep.worker.training.checkpoints.reading import load, load_newest
+from halfstep.worker.training.checkpoints.writing import CheckpointRef, Payload
+from halfstep.worker.training.data.batches import Batches
+from halfstep.worker.training.data.plan import Plan, Position, excluded_from
+from halfstep.worker.training.device import environment
 from halfstep.worker.training.errors import CheckpointDamaged, StorageFailed
 from halfstep.worker.training.evaluation import evaluate
 from halfstep.worker.training.failures import translated
 from halfstep.worker.training.observer import Observer
 from halfstep.worker.training.progress import RecentSteps
-from halfstep.worker.training.restoring import load, load_newest
 
 _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""
@@ -54,7 +55,6 @@ class Run:
         step: optimizer steps taken, those before the checkpoint included.
         resumed_from: the step of the checkpoint it went on from; 0: from scratch.
         plan: how the data become steps.
-        checkpoints: those of the job that can be gone back to, newest first.
     """
 
     def __init__(
@@ -76,20 +76,10 @@ class Run:
         self._spec = spec
         self._observer = observer
         self._device = device
-        self._directory = directory
-        self._mirror = mirror
-        self._fence = fence
         self._flush_seconds = flush_seconds
-        self._rows: list[StepMetrics] = []
+        self._account = Account(patience=spec.precision.max_consecutive_skips)
         self._events: list[EngineEvent] = []
-        self._unread: deque[Position] = deque()
-        self._skipped: list[tuple[int, Position]] = []
-        self._epoch_loss, self._epoch_steps, self._epoch = 0.0, 0, 1
-        self._memory_peak = 0
-        self._last_loss = math.nan
-        self._evaluated_at = self._saved_at = self._failed_saves = 0
-        self._evaluation: Evaluation | None = None
-        self._best_loss, self._best_at = math.inf, 0
+        self._evaluated_at = 0
         self._flush_at = 0.0
         self._data_fingerprint: str | None = None
         self.step = self.resumed_from = 0
@@ -105,14 +95,17 @@ class Run:
         self.plan = self._parts.plan
         self._batches = Batches(self._parts.dataset.train, self.plan, seed=spec.training.seed, device=device)
         self._position = self.plan.first()
-        self.checkpoints = list(resume[len(damaged) :])
+        self._keeping = Keeping(
+            spec.training, directory=directory, fence=fence, mirror=mirror, known=resume[len(damaged) :]
+        )
         if found:
             self._restore(found[1])
         self._decisions = decisions
         self._trainer.replay_decisions([decision for decision in decisions if "from" in decision])
         self._announce(resume[: len(damaged)], damaged, state, speeds)
-        self._recent = RecentSteps()
-        self._save_by = self._next_save_time()
+        # Building the job was no training, and its time counts for nothing.
+        self._account.recent = RecentSteps()
+        self._keeping.put_off()
 
     @property
     def done(self) -> bool:
@@ -122,16 +115,21 @@ class Run:
     @property
     def skipped(self) -> list[tuple[int, Position]]:
         """Step and place of each step of the latest run of skips, the hopeless one where there was one."""
-        return list(self._skipped)
+        return self._account.skipped
+
+    @property
+    def checkpoints(self) -> list[CheckpointRef]:
+        """Those of the job that can be gone back to, newest first."""
+        return self._keeping.known
 
     def take_step(self) -> None:
         """Train on the next group of micro-batches."""
         with translated(self._spec, f"step {self.step + 1}"):
             reach("child.step")
             group = self._batches.group(self._position)
-            self._unread.append(self._position)
+            self._account.begin(self._position)
             self._trainer.train_group(group)
-        self._recent.count(self._batches.samples(self._position))
+        self._account.recent.count(self._batches.samples(self._position))
         self.step += 1
 
     def pass_boundary(self) -> None:
@@ -146,11 +144,9 @@ class Run:
         if epoch_ended if every is None else self.step % every == 0:
             self._evaluate()
         now = time.monotonic()
-        if now >= self._flush_at or len(self._rows) >= _MOST_PENDING:
+        if now >= self._flush_at or self._account.waiting >= _MOST_PENDING:
             self.report()
-        every = training.checkpoint_every_steps
-        due = (every is not None and self.step % every == 0) or now >= self._save_by
-        if due or (training.checkpoint_on_best and self._best_at == self.step):
+        if self._keeping.due(self.step, now):
             self._save(required=False)
 
     def stop(self, *, keep: bool) -> None:
@@ -174,12 +170,12 @@ class Run:
 
     def tell_rows(self) -> None:
         """Report what was read so far; after a failure the engine is not asked again."""
-        self._recent.mark()
-        rows, self._rows = self._rows, []
+        self._account.recent.mark()
+        rows = self._account.take()
         events, self._events = self._events, []
         if rows:
-            self._recent.add(rows)
-            self._observer.steps(rows, self._live())
+            self._account.recent.add(rows)
+            self._observer.steps(rows, self._account.live(self._trainer.get_mixed_precision_stats()))
         for event in events:
             self._tell(event)
         self._flush_at = time.monotonic() + self._flush_seconds
@@ -202,7 +198,7 @@ class Run:
     def _prepare_engine(self) -> MixedPrecisionTrainer:
         trainer = MixedPrecisionTrainer(self._spec.precision)
         trainer.on_event = self._take_event
-        trainer.on_step = self._take_rows
+        trainer.on_step = self._account.finish
         trainer.setup_training(
             self._parts.model,
             self._parts.optimizer,
@@ -278,47 +274,11 @@ class Run:
         data = {"code": event.type} | event.data | {"step": event.step}
         self._observer.event(event.type if own else "alert", event.level, event.message, data)
 
-    def _take_rows(self, rows: Sequence[StepRow]) -> None:
-        patience = self._spec.precision.max_consecutive_skips
-        for row in rows:
-            position = self._unread.popleft()
-            if row.skipped:
-                self._skipped.append((row.step, position))
-            # The engine tells of a hopeless run at its next decision, when better steps may have followed.
-            elif self._skipped and len(self._skipped) < patience:
-                self._skipped.clear()
-            epoch = position.epoch
-            if epoch != self._epoch:
-                self._epoch, self._epoch_loss, self._epoch_steps = epoch, 0.0, 0
-            self._epoch_loss += row.loss
-            self._epoch_steps += 1
-            self._rows.append(_metrics(row, epoch))
-        self._last_loss = rows[-1].loss
-        self._memory_peak = max(self._memory_peak, *(row.memory_peak_bytes for row in rows))
-
-    def _live(self) -> LiveStats:
-        stats = self._trainer.get_mixed_precision_stats()
-        performance = stats["performance_metrics"]
-        steps_per_second, samples_per_second = self._recent.rates()
-        p50, p95, longest = self._recent.quantiles_ms()
-        return LiveStats(
-            current_scale=stats["current_scale"],
-            memory_peak_bytes=self._memory_peak,
-            steps_per_second=steps_per_second,
-            samples_per_second=samples_per_second,
-            step_time_ms_p50=p50,
-            step_time_ms_p95=p95,
-            step_time_ms_max=longest,
-            host_syncs_per_step=performance.get("host_syncs_per_step", math.nan),
-            overflow_budget_exceeded=performance.get("overflow_budget_exceeded", False),
-            last_overflow=stats["last_overflow"],
-        )
-
     def _evaluate(self) -> None:
         if self._parts.dataset.held_out is None or self._evaluated_at == self.step:
             return
         self.report()
-        self._recent.leave()
+        self._account.recent.leave()
         with translated(self._spec, f"the evaluation after step {self.step}"):
             evaluation = evaluate(
                 self._parts.dataset,
@@ -330,35 +290,29 @@ class Run:
             )
         if self._parts.scheduler_needs_evaluation:
             self._parts.scheduler.step(evaluation.loss)
-        self._evaluated_at, self._evaluation = self.step, evaluation
-        if evaluation.loss < self._best_loss:
-            self._best_loss, self._best_at = evaluation.loss, self.step
-        self._recent.come_back()
+        self._evaluated_at, self._account.evaluation = self.step, evaluation
+        self._keeping.score(evaluation.loss, self.step)
+        self._account.recent.come_back()
         self._observer.evaluated(evaluation)
 
     def _save(self, *, required: bool) -> None:
-        self._save_by = self._next_save_time()
-        if self._saved_at == self.step:
+        self._keeping.put_off()
+        if self._keeping.has(self.step):
             return
         # A run that has failed is not worth keeping: its failure would be lost with the process.
         with translated(self._spec, f"step {self.step}"):
             self._trainer.check()
         self.report()
-        self._recent.leave()
+        self._account.recent.leave()
         payload = self._payload()
         try:
-            info = checkpoint.save(
-                self._directory,
-                self._fence,
+            kept = self._keeping.write(
                 self.step,
                 payload,
-                metrics=self._figures(),
+                metrics=self._account.figures(self.step),
                 rollbacks=int(bool(self.plan.excluded)),
-                failures=self._failed_saves,
-                mirror=self._mirror,
             )
         except StorageFailed as failure:
-            self._failed_saves += 1
             if required:
                 raise
             # The checkpoints before it are whole, and the next one may succeed: a full disk, or a store that
@@ -368,17 +322,10 @@ class Run:
             )
             return
         finally:
-            self._recent.come_back()
-        self._saved_at = self.step
-        self._observer.checkpointed(info)
-        training = self._spec.training
-        known = [info.ref, *self.checkpoints]
-        self.checkpoints = checkpoint.retained(
-            known, training.keep_checkpoints, best=training.keep_best_checkpoint
-        )
-        superseded = [ref for ref in known if ref not in self.checkpoints]
-        if superseded:
-            self._observer.superseded(superseded)
+            self._account.recent.come_back()
+        self._observer.checkpointed(kept.info)
+        if kept.superseded:
+            self._observer.superseded(kept.superseded)
 
     def _payload(self) -> Payload:
         engine = self._trainer.state_dict()
@@ -391,24 +338,22 @@ class Run:
                 "step": self.step,
                 "position": [self._position.epoch, self._position.group],
                 "excluded": sorted([place.epoch, place.group] for place in self.plan.excluded),
-                "skipped": [[step, place.epoch, place.group] for step, place in self._skipped],
-                "epoch": [self._epoch, self._epoch_loss, self._epoch_steps],
                 "evaluated_at": self._evaluated_at,
-                "best": [self._best_loss, self._best_at],
                 "environment": self._environment(),
-            },
+            }
+            | self._account.state()
+            | self._keeping.state(),
         )
 
     def _restore(self, payload: Payload) -> None:
         state = payload.state
         with translated(self._spec, f"restoring the checkpoint of step {state['step']}"):
             self._trainer.load_state_dict(state["engine"] | {"model": dict(payload.weights)})
-        self.step = self.resumed_from = self._saved_at = state["step"]
+        self.step = self.resumed_from = state["step"]
         self._position = Position(*state["position"])
-        self._skipped = [(step, Position(epoch, group)) for step, epoch, group in state["skipped"]]
-        self._epoch, self._epoch_loss, self._epoch_steps = state["epoch"]
         self._evaluated_at = state["evaluated_at"]
-        self._best_loss, self._best_at = state.get("best", (math.inf, 0))
+        self._account.restore(state)
+        self._keeping.restore(state, self.step)
         # Last: building the job has drawn from the generators.
         randomness.restore(state["rng"], self._device)
 
@@ -417,29 +362,3 @@ class Run:
             self._data_fingerprint = self._parts.dataset.train.fingerprint()
         described = environment.describe(self._device, deterministic=self._spec.training.deterministic)
         return described | {"data": self._data_fingerprint}
-
-    def _figures(self) -> dict[str, float]:
-        figures = {
-            "epoch": float(self._epoch),
-            "loss": self._last_loss,
-            "average_loss": self._epoch_loss / max(1, self._epoch_steps),
-        }
-        if self._evaluation is not None and self._evaluation.step == self.step:
-            figures[HELD_OUT_LOSS] = self._evaluation.loss
-            figures |= {f"held_out_{name}": value for name, value in self._evaluation.metrics.items()}
-        return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-    def _next_save_time(self) -> float:
-        seconds = self._spec.training.checkpoint_every_seconds
-        return math.inf if seconds is None else time.monotonic() + seconds
-
-
-def _metrics(row: StepRow, epoch: int) -> StepMetrics:
-    """The row as it is reported: by place, since this runs for every step; `_SAME` says that it may."""
-    return StepMetrics(row[0], epoch, *row[1:_PEAK], *row[_PEAK + 1 :])  # type: ignore[arg-type]  # see _SAME
-
-
-_PEAK = StepRow._fields.index("memory_peak_bytes")
-_SAME = ("step", "epoch", *StepRow._fields[1:_PEAK], *StepRow._fields[_PEAK + 1 :])
-if StepMetrics._fields != _SAME:
-    raise ImportError(f"StepRow has {_SAME} where StepMetrics has {StepMetrics._fields}")

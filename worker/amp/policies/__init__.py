@@ -10,13 +10,13 @@ from halfstep.service.contract.precision import (
     ResolvedPrecision,
 )
 from halfstep.worker.amp.errors import SetupError
-from halfstep.worker.amp.memory import MemoryMonitor
 from halfstep.worker.amp.policies.automatic import AutomaticPolicy
 from halfstep.worker.amp.policies.gradient_scaling import GradientScalingPolicy
 from halfstep.worker.amp.policies.interface import PrecisionPolicy, Transition
 from halfstep.worker.amp.policies.manual import ManualPolicy
 from halfstep.worker.amp.policies.selective import SelectivePolicy
 from halfstep.worker.amp.policies.switching import SwitchingPolicy
+from halfstep.worker.amp.record.memory import MemoryMonitor
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.worker.amp.layers import BorderCast
-from halfstep.worker.amp.telemetry import FinishedStep
+from halfstep.worker.amp.record.rows import FinishedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

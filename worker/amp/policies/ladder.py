@@ -7,7 +7,7 @@ alone.
 from typing import Any
 
 from halfstep.service.contract.precision import MixedPrecisionConfig
-from halfstep.worker.amp.telemetry import FinishedStep
+from halfstep.worker.amp.record.rows import FinishedStep
 
 NANS_IN_A_ROW = 3
 OVERFLOW_SHARE_FACTOR = 100.0

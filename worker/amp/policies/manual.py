@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halfstep.worker.amp.batches import cast_floating
+from halfstep.worker.amp.kernels import kernels
 from halfstep.worker.amp.layers import BorderCast, match_layers
 from halfstep.worker.amp.policies.interface import PrecisionPolicy
-from halfstep.worker.amp.private import kernels
 
 _NORMALISATION = (
     nn.BatchNorm1d,

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from halfstep.service.contract.precision import MixedPrecisionConfig
 from halfstep.worker.amp.batches import shapes_of
 from halfstep.worker.amp.layers import BorderCast
-from halfstep.worker.amp.memory import MemoryMonitor
 from halfstep.worker.amp.policies.interface import PrecisionPolicy, Transition
 from halfstep.worker.amp.policies.ladder import InstabilityLadder
 from halfstep.worker.amp.policies.selective import SelectivePolicy
-from halfstep.worker.amp.telemetry import FinishedStep
+from halfstep.worker.amp.record.memory import MemoryMonitor
+from halfstep.worker.amp.record.rows import FinishedStep
 
 PROBE_STEPS = 3
 """Full-precision steps after which the peak memory is looked at."""

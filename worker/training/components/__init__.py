@@ -21,7 +21,7 @@ from halfstep.worker.training.components.registry import (
     register_optimizer,
     register_scheduler,
 )
-from halfstep.worker.training.data import (
+from halfstep.worker.training.data.dataset import (
     DataInfo,
     DataRequest,
     Dataset,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from halfstep.worker.training.components.parameters import Flag, NoParameters, Parameters, Positive, Share
 from halfstep.worker.training.components.registry import register_loss
-from halfstep.worker.training.data import DataInfo, Task
+from halfstep.worker.training.data.dataset import DataInfo, Task
 
 Function = Callable[..., Tensor]
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from halfstep.worker.training.data import InputKind, Task
+from halfstep.worker.training.data.dataset import InputKind, Task
 from halfstep.worker.training.errors import InvalidComponent
 
 
@@ -46,7 +46,17 @@ ENTRY_POINT_GROUPS: Mapping[Kind, str] = {
     Kind.SCHEDULER: "halfstep.schedulers",
 }
 
-_BUILT_IN = ("mlp", "cnn", "gpt", "digits", "text", "synthetic", "losses", "optimizers", "schedulers")
+_BUILT_IN = (
+    "models.mlp",
+    "models.cnn",
+    "models.gpt",
+    "datasets.digits",
+    "datasets.text",
+    "datasets.synthetic",
+    "losses",
+    "optimizers",
+    "schedulers",
+)
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 

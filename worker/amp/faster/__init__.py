@@ -1,0 +1,1 @@
+"""Ways to make a step cheaper: captured CUDA graphs, torch.compile, activations that are computed again."""

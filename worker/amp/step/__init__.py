@@ -1,0 +1,1 @@
+"""One optimizer step: micro-batches, gradients, how it ends, what it tells."""
