@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import machine
+from benchmarks.support.report import machine
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.contract.spec import JobSpec
 from halfstep.worker.training.loop import RunConfig, train

@@ -23,11 +23,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from benchmarks import peer_mlflow
-from benchmarks.databases import LOCAL_SERVER, new_database
-from benchmarks.load import Load, Served, measure, request
-from benchmarks.report import Report, options
-from benchmarks.steps import LIVE, batches
+from benchmarks.peers import mlflow
+from benchmarks.support.databases import LOCAL_SERVER, new_database
+from benchmarks.support.load import Load, Served, measure, request
+from benchmarks.support.report import Report, options
+from benchmarks.support.steps import LIVE, batches
 from halfstep.service.cli.up import broker
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.store import jobs, record
@@ -99,7 +99,7 @@ def main() -> None:
             if "idle" not in arguments.without:
                 with ExitStack() as beside:
                     if arguments.mlflow_python is not None:
-                        server = beside.enter_context(peer_mlflow.server(arguments.mlflow_python))
+                        server = beside.enter_context(mlflow.server(arguments.mlflow_python))
                         peers = _mlflow(server)
                     else:
                         peers = {}
@@ -241,7 +241,7 @@ def _report(report: Report, at: str, loads: Mapping[str, Asked], rounds: int, se
         report.add(f"{of}, p99", [one.p99 for one in served], unit="ms", better="lower")
 
 
-def _mlflow(server: peer_mlflow.Mlflow) -> dict[str, Asked]:
+def _mlflow(server: mlflow.Mlflow) -> dict[str, Asked]:
     """What MLflow is asked: to make a run, and to tell of one."""
     run = server.new_run()
     created = {"experiment_id": "0", "start_time": int(time.time() * 1000), "tags": []}

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import Figure, read
+from benchmarks.support.report import Figure, read
 
 _ENOUGH = 5
 _STANDARD_ERRORS = 3.0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loops.works import LEARNING_RATE, MAX_GRAD_NORM, PRECISIONS, WORKS, Setting
-from benchmarks.report import Report, options
+from benchmarks.support.report import Report, options
 from halfstep.worker.amp import MixedPrecisionConfig, MixedPrecisionTrainer
 from halfstep.worker.training import randomness
 from halfstep.worker.training.assembly import Assembly, assemble

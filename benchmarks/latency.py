@@ -18,8 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.installation import Installation, postgres_database
+from benchmarks.support import report
+from benchmarks.support.installation import Installation, postgres_database
 from halfstep.service.cli.up import broker
 from halfstep.service.queue import QUEUE, make_celery
 
@@ -124,7 +124,7 @@ def _first_steps(told: report.Report, kind: str, installation: Installation, job
 def _cold() -> float:
     began = time.time()
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("cold_train.py"))],
+        [sys.executable, str(Path(__file__).with_name("peers") / "cold_train.py")],
         capture_output=True,
         text=True,
         check=True,

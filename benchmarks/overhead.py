@@ -24,7 +24,7 @@ from benchmarks.loops.bare import Bare, Naive
 from benchmarks.loops.ours import LOOPS
 from benchmarks.loops.peers import present
 from benchmarks.loops.works import PRECISIONS, WORKS, Loop, Setting
-from benchmarks.report import Report, options
+from benchmarks.support.report import Report, options
 from halfstep.worker.host.devices import ALLOCATOR
 
 BASE = "bare, fused"

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from sqlalchemy import make_url, text
 
-from benchmarks import peer_mlflow
-from benchmarks.databases import LOCAL_SERVER, new_database
-from benchmarks.peer_rows import PostgresRows, Rows, SqliteRows
-from benchmarks.report import Report, options
-from benchmarks.steps import LIVE, batches
+from benchmarks.peers import mlflow
+from benchmarks.peers.rows import PostgresRows, Rows, SqliteRows
+from benchmarks.support.databases import LOCAL_SERVER, new_database
+from benchmarks.support.report import Report, options
+from benchmarks.support.steps import LIVE, batches
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.store import jobs, record
 from halfstep.service.store.fleet.workers import Capability
@@ -248,7 +248,7 @@ def _mlflow(report: Report, python: Path, *, quick: bool) -> None:
     names = ("loss", "scale", "underflow_estimate", "grad_norm", "learning_rate", "memory_usage")
     names += ("memory_allocated_bytes", "memory_reserved_bytes", "step_time_ms", "epoch")
     steps = 1_000 if quick else 10_000
-    with peer_mlflow.server(python) as server:
+    with mlflow.server(python) as server:
         run = server.new_run()
         rates = []
         for rows in batches(1, steps, 100):

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.databases import LOCAL_SERVER
-from benchmarks.installation import Installation, postgres_database
+from benchmarks.support import report
+from benchmarks.support.databases import LOCAL_SERVER
+from benchmarks.support.installation import Installation, postgres_database
 
 PAGE = 10_000
 WARM = 0.1  # share of the steps after which memory should no longer grow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import judge, main
-from benchmarks.report import Better, Figure, Report, read
+from benchmarks.support.report import Better, Figure, Report, read
 
 
 def figure(*values: float, better: Better = "lower") -> Figure:

@@ -2,7 +2,7 @@
 
 from benchmarks.loops.works import Setting
 from benchmarks.overhead import BASE, add_figures, compare, contestants
-from benchmarks.report import Report
+from benchmarks.support.report import Report
 
 
 def test_every_hand_written_loop_and_ours_train_and_are_compared() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.report import Report
 from benchmarks.soak import Sample, add_figures, faults
+from benchmarks.support.report import Report
 
 
 def test_every_step_once_is_no_fault() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = 1
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 Better = Literal["lower", "higher", "neither"]
 

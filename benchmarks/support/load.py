@@ -1,4 +1,4 @@
-"""A load generator for one HTTP/1.1 request, repeated on some connections: `python -m benchmarks.load`.
+"""A load generator: one HTTP/1.1 request, repeated on some connections (`python -m benchmarks.support.load`).
 
 A process of its own, so that it takes figures and not the server's time: one thread, raw sockets, and each
 connection sends as soon as it was answered. Told what to do by a JSON line on standard input.
@@ -68,7 +68,7 @@ def request(method: str, path: str, body: object = None, **headers: str) -> str:
 def measure(load: Load) -> Served:
     """Run a load in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load"],
+        [sys.executable, "-m", "benchmarks.support.load"],
         input=json.dumps(asdict(load)),
         capture_output=True,
         text=True,
