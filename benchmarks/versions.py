@@ -2,8 +2,9 @@
 
 `python -m benchmarks.versions OLD NEW --benchmark record --rounds 3 -- --databases sqlite --without rows`:
 OLD and NEW are checkouts with a `.venv` of their own; what stands after `--` goes to the benchmark. Each
-round runs both, in an order that alternates, so that a host which becomes slower meets both alike. A figure's ratio
-is that of the two medians within one round; the table shows the median of the rounds' ratios and their range.
+round runs both, in an order that alternates, so that a host which becomes slower meets both alike. A figure's
+ratio is that of the two medians within one round; the table shows the median of the rounds' ratios and their
+range.
 """
 
 import statistics
