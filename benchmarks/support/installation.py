@@ -25,7 +25,7 @@ from psycopg import sql
 from halfstep.service.cli.up import broker
 from halfstep.service.store.sql.schema import migrate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STOP_SECONDS = 45.0
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Installation:
         port = _free_port()
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HALFSTEP_")},
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
             "HALFSTEP_DATA_DIR": str(self.data),
             "HALFSTEP_DATABASE_URL": self.database_url,
             "HALFSTEP_BROKER_URL": broker_url,

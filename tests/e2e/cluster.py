@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import httpx
 
 ROOT = Path(__file__).parents[2]
+# First the product of this very tree: a copy of the tree runs the copy, whatever is installed.
+SOURCES = os.pathsep.join((str(ROOT / "src"), str(ROOT)))
 T = TypeVar("T")
 TERMINAL = {"succeeded", "failed", "cancelled"}
 
@@ -64,7 +66,7 @@ class Cluster:
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HALFSTEP_")},
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": SOURCES,
             "HALFSTEP_DATA_DIR": str(folder / "data"),
             "HALFSTEP_DATABASE_URL": database_url,
             "HALFSTEP_BROKER_URL": broker_url,

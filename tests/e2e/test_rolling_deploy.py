@@ -1,6 +1,7 @@
 """A new version takes over under load, with a migration in between: no job fails, no step is taken twice."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from sqlalchemy import text
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.sql.schema import migrate
 from tests.databases import KINDS, empty_database
-from tests.e2e.cluster import ROOT, Cluster, wait_for
+from tests.e2e.cluster import ROOT, SOURCES, Cluster, wait_for
 from tests.faults import audit
 from tests.faults.checker import check
 from tests.faults.client import Client
@@ -203,7 +204,7 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
     earlier = dict(cluster.environment)
     with submissions_going_on(client):
         wait_for("both train", lambda: len(cluster.get("/jobs", state="running")["items"]) == 2, 60)
-        cluster.environment["PYTHONPATH"] = f"{later}:{ROOT}"
+        cluster.environment["PYTHONPATH"] = os.pathsep.join((str(later), SOURCES))
         too_early = run(cluster, "halfstep.service.dispatch")
         assert f"this version needs {revision}" in too_early.stderr + too_early.stdout
         migrated = run(cluster, "halfstep.service.cli", "migrate")

@@ -130,19 +130,30 @@ def patched(mutant: Mutant, tree: Path) -> dict[Path, str]:
     return texts
 
 
+def copied(mutant: Mutant | None, tree: Path) -> None:
+    """Copy what a run needs into `tree`, an empty folder, with the mutant's patches (None: as it is)."""
+    tree.chmod(0o711)  # the run's folders go below it, and PostgreSQL may run as another user
+    for each in CARRIED:
+        source = ROOT / each
+        if source.is_dir():
+            shutil.copytree(source, tree / each, symlinks=True)
+        else:
+            shutil.copy(source, tree / each)
+    for file, text in patched(mutant, tree).items() if mutant is not None else ():
+        file.write_text(text, encoding="utf-8")
+
+
+def environment_of(tree: Path) -> dict[str, str]:
+    """What a process of the copy is started with: it imports the copy, whatever is installed."""
+    path = os.pathsep.join((str(tree / "src"), str(tree)))
+    return {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tree)}
+
+
 def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: int, seed: int) -> list[str]:
     """Which invariants a run on the mutated tree (None: as it is) finds broken, sorted."""
     with tempfile.TemporaryDirectory(prefix="halfstep-mutant-") as name:
         tree = Path(name)
-        tree.chmod(0o711)  # the run's folders go below it, and PostgreSQL may run as another user
-        for each in CARRIED:
-            source = ROOT / each
-            if source.is_dir():
-                shutil.copytree(source, tree / each, symlinks=True)
-            else:
-                shutil.copy(source, tree / each)
-        for file, text in patched(mutant, tree).items() if mutant is not None else ():
-            file.write_text(text, encoding="utf-8")
+        copied(mutant, tree)
         only = [argument for fault in faults for argument in ("--only", fault)]
         done = subprocess.run(
             [
@@ -152,7 +163,7 @@ def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: i
                 *only,
             ],
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tree / "src"), str(tree))), "TMPDIR": name},
+            env=environment_of(tree),
             capture_output=True,
             text=True,
             check=False,

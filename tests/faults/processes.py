@@ -10,7 +10,7 @@ from pathlib import Path
 
 from halfstep.service.contract.states import JobState
 from halfstep.service.store import jobs
-from tests.e2e.cluster import ROOT, children_of
+from tests.e2e.cluster import SOURCES, children_of
 from tests.faults.injecting import Fault, Injecting
 from tests.faults.installation import LEASE_SECONDS
 
@@ -115,7 +115,7 @@ class ProcessFaults(Injecting):
         """A worker starts again on a host whose clock is wrong; leases go by the database's."""
         worker = self.victim(fault)
         if worker is not None:
-            path = os.pathsep.join((str(CLOCK), str(ROOT / "src"), str(ROOT)))
+            path = os.pathsep.join((str(CLOCK), SOURCES))
             environment = {"PYTHONPATH": path, "HALFSTEP_TEST_CLOCK_SHIFT": str(shift)}
             self.installation.restart_under(worker, environment)
 

@@ -10,7 +10,7 @@ import torch
 
 from halfstep.worker.training.device import speed
 from halfstep.worker.training.device.capability import probe
-from tests.e2e.cluster import ROOT
+from tests.e2e.cluster import SOURCES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ assert active.value == 0, "a context exists"
 
 
 def test_a_waiting_process_has_no_context(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HALFSTEP_DATA_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": SOURCES, "HALFSTEP_DATA_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", WAITING], check=True, timeout=180, env=environment, cwd=tmp_path)
 
 

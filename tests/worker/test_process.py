@@ -11,7 +11,7 @@ import pytest
 
 from halfstep.worker.host.process import ChildProcess, Exited
 from halfstep.worker.protocol import Done, Progress, StopOrder
-from tests.e2e.cluster import ROOT, alive, wait_for
+from tests.e2e.cluster import SOURCES, alive, wait_for
 
 SOON = 20.0
 PARENT = """
@@ -112,7 +112,7 @@ def test_a_process_dies_with_a_killed_parent(tmp_path: Path, ready: bool, hung: 
             PARENT % {"ready": ready},
         ],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HALFSTEP_DATA_DIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": SOURCES, "HALFSTEP_DATA_DIR": str(tmp_path)},
         cwd=tmp_path,
     )
     assert parent.stdout is not None
