@@ -47,7 +47,12 @@ MUTANTS = (
             ("service/store/record/writing.py", "    if seen <= step:", "    if True:"),
         ),
         ("kill child",),
-        ("steps are each there once", "outcomes are those of the undisturbed run", "acknowledged jobs end"),
+        (
+            "steps are each there once",
+            "steps equal the undisturbed run",
+            "outcomes are those of the undisturbed run",
+            "acknowledged jobs end",
+        ),
     ),
     Mutant(
         "acknowledge late with a 5 s timeout, and obey the message",

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -107,7 +108,8 @@ def test_automatic_is_torch_amp(optimizer: str) -> None:
     )
     run = Recorded(config, model, OPTIMIZERS[optimizer](model.parameters()))
     assert [row.scale for row in run.run(batches)] == scales
-    assert len(set(scales)) > 4
+    assert any(later < earlier for earlier, later in pairwise(scales)), "no step overflowed"
+    assert any(later > earlier for earlier, later in pairwise(scales)), "the scale never grew"
     assert_same_run(run, (reference, reference_optimizer))
 
 
@@ -197,6 +199,7 @@ class Sleepy(nn.Module):
         return self.net(data)
 
 
+@pytest.mark.real_device
 def test_step_times_are_the_gpus_own_and_nobody_waits_for_them() -> None:
     cycles = 200_000_000  # about a tenth of a second; measured below
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

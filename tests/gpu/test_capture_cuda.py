@@ -13,6 +13,7 @@ from tests.amp.runs import OPTIMIZERS, Batch, Recorded, make_batches, make_norm_
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.real_device,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 

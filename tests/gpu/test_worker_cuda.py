@@ -14,14 +14,15 @@ from tests.e2e.cluster import SOURCES
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.real_device,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
 WAITING = """
 import ctypes
-from halfstep.worker import job
+from halfstep.worker.job import execution
 
-job.prepare(probe=False)
+execution.prepare(probe=False)
 import torch
 
 assert not torch.cuda.is_initialized()
