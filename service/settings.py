@@ -65,6 +65,14 @@ class Settings(BaseSettings):
     retention_days: float | None = Field(
         default=None, gt=0, description="Jobs that ended longer ago are deleted; none: they are kept."
     )
+    events_days: float = Field(
+        default=7.0,
+        gt=0,
+        description="How far back GET /events goes; longer where a consumer is behind, up to the limit.",
+    )
+    events_most_days: float = Field(
+        default=30.0, gt=0, description="Events older than this leave GET /events, whoever is behind."
+    )
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.store.job_rows import absent, known_shape, lock_fenced, storable
+from halfstep.service.store.event_rows import NewEvent, write_events
+from halfstep.service.store.job_rows import absent, known_shape, lock_fenced
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_events, job_stats
 
@@ -58,17 +59,16 @@ def append(
     ).one_or_none()
     if row is None:
         raise absent(job_id)
-    s.execute(
-        insert(job_events).values(
-            job_id=job_id,
-            seq=row.last_event,
-            at=row.updated_at,
-            type=type,
-            level=level,
-            message=storable(message),
-            data=None if data is None else dict(data),
-        )
+    event = NewEvent(
+        job_id=job_id,
+        seq=row.last_event,
+        at=row.updated_at,
+        type=type,
+        level=level,
+        message=message,
+        data=data,
     )
+    write_events(s, [event])
     return int(row.last_event)
 
 

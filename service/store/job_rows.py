@@ -14,18 +14,18 @@ import structlog
 from sqlalchemy import Row, Select, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
+from halfstep.service.contract.actors import Actor
 from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
 from halfstep.service.errors import Conflict, NotFound, StaleFence
+from halfstep.service.store.event_rows import NewEvent, storable, write_events
 from halfstep.service.store.sql.clock import db_now
-from halfstep.service.store.tables import job_events, job_stats, job_transitions, jobs
+from halfstep.service.store.tables import job_stats, job_transitions, jobs
 
 log = structlog.get_logger(__name__)
 
 AnyRow: TypeAlias = Row[*tuple[Any, ...]]
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# Text that a database cannot hold: NUL, and halves of surrogate pairs.
-_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +224,7 @@ def record_states(s: Session, job: Job, entered: Sequence[tuple[JobState, str | 
         insert(job_transitions),
         [transition_row(job.id, transition + offset, at, state, why) for offset, (state, why) in ordered],
     )
-    s.execute(
-        insert(job_events),
-        [state_event_row(job, event + offset, at, state, why) for offset, (state, why) in ordered],
-    )
+    write_events(s, [state_event(job, event + offset, at, state, why) for offset, (state, why) in ordered])
 
 
 def transition_row(job_id: str, seq: int, at: float, state: JobState, why: str | None) -> dict[str, Any]:
@@ -235,17 +232,20 @@ def transition_row(job_id: str, seq: int, at: float, state: JobState, why: str |
     return {"job_id": job_id, "seq": seq, "state": state, "at": at, "reason": why and storable(why)}
 
 
-def state_event_row(job: Job, seq: int, at: float, state: JobState, why: str | None) -> dict[str, Any]:
-    """The row of job_events that tells of it."""
-    return {
-        "job_id": job.id,
-        "seq": seq,
-        "at": at,
-        "type": "state",
-        "level": "error" if state is JobState.FAILED else "info",
-        "message": storable(f"{state}: {why}" if why else str(state)),
-        "data": {"state": state, "attempt": job.attempt, "worker": job.worker},
-    }
+def state_event(
+    job: Job, seq: int, at: float, state: JobState, why: str | None, *, actor: Actor | None = None
+) -> NewEvent:
+    """The event that tells of it; `actor` None: whoever the session acts for."""
+    return NewEvent(
+        job_id=job.id,
+        seq=seq,
+        at=at,
+        type="state",
+        level="error" if state is JobState.FAILED else "info",
+        message=f"{state}: {why}" if why else str(state),
+        data={"state": state, "attempt": job.attempt, "worker": job.worker},
+        actor=actor,
+    )
 
 
 def status(code: ReasonCode, message: str, detail: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -273,8 +273,3 @@ def stale(job_id: str, fence: int) -> StaleFence:
     """The error for a write under an old fence; told in the log too, so that operators can count zombies."""
     log.warning("stale fence", job_id=job_id, fence=fence)
     return StaleFence(f"job {job_id} is no longer held under fence {fence}; nothing was written")
-
-
-def storable(text: str) -> str:
-    """The text with U+FFFD where no database could hold the character."""
-    return _UNSTORABLE.sub("\ufffd", text)

@@ -9,6 +9,7 @@ from sqlalchemy import update
 from halfstep.service import dispatch
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
+from halfstep.service.dispatch import loop
 from halfstep.service.errors import StaleFence
 from halfstep.service.files import storage
 from halfstep.service.settings import Settings
@@ -34,7 +35,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
-    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, *some: ids.extend(some) or True)
+    monkeypatch.setattr(loop, "enqueue", lambda _settings, *some: ids.extend(some) or True)
     return ids
 
 
@@ -75,7 +76,7 @@ def test_a_broker_that_is_down_costs_one_try_a_round_and_no_job(
     settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(dispatch, "enqueue", lambda _settings, job_id: bool(tried.append(job_id)))
+    monkeypatch.setattr(loop, "enqueue", lambda _settings, job_id: bool(tried.append(job_id)))
     ids = [submit(database), submit(database)]
     age(database, 5, "queued_at", "publish_due")
     dispatch.one_round(settings, database)

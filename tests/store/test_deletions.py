@@ -11,6 +11,7 @@ from sqlalchemy import Engine, Table, event, func, select, text, update
 
 from halfstep.service import dispatch
 from halfstep.service.contract.states import JobState
+from halfstep.service.dispatch import loop, sweeping
 from halfstep.service.errors import NotFound
 from halfstep.service.settings import Settings
 from halfstep.service.store import events, jobs, record
@@ -128,7 +129,7 @@ def test_a_writer_waits_for_one_batch_of_a_sweep_at_most(database: Database, dat
 def test_what_a_crash_leaves_of_a_sweep_the_dispatcher_finishes(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "enqueue", lambda *_: True)
+    monkeypatch.setattr(loop, "enqueue", lambda *_: True)
     job, other = ended(database), ended(database, 40)
     untouched = rows_left(database, other.id)
     checkpoint = settings.data_dir / "jobs" / job.id / "1" / "10" / "model.safetensors"
@@ -143,7 +144,7 @@ def test_what_a_crash_leaves_of_a_sweep_the_dispatcher_finishes(
         jobs.sweep(s, job.id)
         s.rollback()
     assert rows_left(database, job.id) == whole > 1
-    monkeypatch.setattr(dispatch, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(sweeping, "SECONDS", 0.0)
     rounds = 0
     while rows_left(database, job.id):
         dispatch.one_round(settings, database)
@@ -208,7 +209,7 @@ def test_two_sweepers_do_not_wait_for_each_other(database: Database, database_ur
 def test_jobs_are_deleted_once_they_are_old_enough_and_not_before_they_end(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "enqueue", lambda *_: True)
+    monkeypatch.setattr(loop, "enqueue", lambda *_: True)
     old, recent, going, waiting = ended(database, 40), ended(database, 40), running(database), None
     waiting = submitted(database)
     with database.begin() as s:

@@ -13,27 +13,28 @@ from typing import Any
 from sqlalchemy import Table, select, tuple_
 from sqlalchemy.orm import Session
 
+from halfstep.service.contract.actors import Actor
 from halfstep.service.contract.precision import PrecisionLevel
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import InvalidRequest
+from halfstep.service.store.event_rows import NewEvent, write_events
 from halfstep.service.store.fleet.workers import Requirements
 from halfstep.service.store.job_rows import (
     Job,
     Transition,
     get,
     known_shape,
-    state_event_row,
-    storable,
+    state_event,
     transition_row,
 )
 from halfstep.service.store.record.summary import Stats, stats_of
 from halfstep.service.store.sql.clock import db_now
+from halfstep.service.store.sql.database import actor_of
 from halfstep.service.store.sql.ids import new_job_id
 from halfstep.service.store.sql.upsert import insert_families, insert_new_rows
 from halfstep.service.store.tables import (
     idempotency_keys,
-    job_events,
     job_stats,
     job_tags,
     job_transitions,
@@ -55,6 +56,7 @@ class NewJob:
         fence: its fences go on after this one.
         why: the reason of its first transition.
         warnings: become events of it, after the one of its state.
+        actor: who submits it; None: whoever the session acts for.
     """
 
     tenant: str
@@ -67,6 +69,7 @@ class NewJob:
     fence: int = 0
     why: str = "submitted"
     warnings: tuple[str, ...] = ()
+    actor: Actor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,29 +220,31 @@ def _insert(s: Session, wanted: Sequence[NewJob], now: float) -> dict[str, tuple
     if not wanted:
         return {}
     new_ones: dict[str, tuple[Job, Beginning]] = {}
-    rows: dict[Table, list[dict[str, Any]]] = {
-        table: [] for table in (job_tags, job_stats, job_transitions, job_events)
-    }
+    rows: dict[Table, list[dict[str, Any]]] = {table: [] for table in (job_tags, job_stats, job_transitions)}
     job_rows = []
+    events: list[NewEvent] = []
+    acting = actor_of(s)
     for new in wanted:
         document = new.spec.model_dump(mode="json")
         job, summary = _job(new, document, now), _stats_row(new, now)
-        job_rows.append(_job_row(new, document, now))
+        actor = new.actor or acting
+        job_rows.append(_job_row(new, document, now, actor))
         rows[job_tags] += [
             {"job_id": job.id, "key": key, "value": value} for key, value in new.spec.tags.items()
         ]
         rows[job_stats].append(summary)
         entered = transition_row(job.id, 1, now, job.state, new.why)
         rows[job_transitions].append(entered)
-        rows[job_events].append(state_event_row(job, 1, now, job.state, new.why))
-        rows[job_events] += _warning_rows(new, now)
+        events.append(state_event(job, 1, now, job.state, new.why, actor=actor))
+        events += _warnings(new, now, actor)
         transitions = (Transition(job.state, now, entered["reason"]),)
         new_ones[job.id] = job, Beginning(transitions, stats_of(job, summary))
     inserted = insert_families(s, jobs, job_rows, rows, of="job_id")
+    write_events(s, [event for event in events if event.job_id in inserted])
     return {job_id: new_one for job_id, new_one in new_ones.items() if job_id in inserted}
 
 
-def _job_row(new: NewJob, document: dict[str, Any], now: float) -> dict[str, Any]:
+def _job_row(new: NewJob, document: dict[str, Any], now: float, actor: Actor | None) -> dict[str, Any]:
     needs = requirements(new.spec)
     return {
         "id": known_shape(new.job_id),
@@ -261,6 +266,7 @@ def _job_row(new: NewJob, document: dict[str, Any], now: float) -> dict[str, Any
         "queued_at": now,
         "publishes": 0,
         "publish_due": now,
+        "submitted_by": None if actor is None else actor.document(),
     }
 
 
@@ -310,16 +316,16 @@ def _stats_row(new: NewJob, now: float) -> dict[str, Any]:
     }
 
 
-def _warning_rows(new: NewJob, now: float) -> list[dict[str, Any]]:
+def _warnings(new: NewJob, now: float, actor: Actor | None) -> list[NewEvent]:
     return [
-        {
-            "job_id": new.job_id,
-            "seq": seq,
-            "at": now,
-            "type": "warning",
-            "level": "warning",
-            "message": storable(warning),
-            "data": None,
-        }
+        NewEvent(
+            job_id=new.job_id,
+            seq=seq,
+            at=now,
+            type="warning",
+            level="warning",
+            message=warning,
+            actor=actor,
+        )
         for seq, warning in enumerate(new.warnings, start=2)
     ]

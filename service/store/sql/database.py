@@ -3,12 +3,13 @@
 The rest of the store sees a `Session`; nothing outside this file knows a driver.
 """
 
+import copy
 import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
@@ -17,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from halfstep.service.contract.actors import Actor
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.settings import Settings
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 Dialect = Literal["sqlite", "postgresql"]
 
 _WRITES = "halfstep_writes"
+_ACTOR = "halfstep_actor"
 
 # Serialization, deadlock, lock timeout, statement timeout, idle-in-transaction timeout, read-only (a standby
 # after a failover), out of connections or memory; the classes 08 and 57P are lost and refused connections.
@@ -53,6 +56,9 @@ class Database:
         lock_seconds: longest wait for a lock, on either database.
         idle_seconds: longest pause inside a transaction on PostgreSQL, which then ends it. A process that is
             frozen there, or whose host is gone, keeps what it has locked for as long: at most a lease.
+
+    Attributes:
+        actor: who acts in the write transactions; None: nobody said so.
     """
 
     def __init__(
@@ -75,6 +81,13 @@ class Database:
         )
         self._reads = self._engine.execution_options(postgresql_readonly=True)
         self._writes = self._engine.execution_options(**{_WRITES: True})
+        self.actor: Actor | None = None
+
+    def acting(self, actor: Actor) -> Self:
+        """The same database, and the same connections, for what `actor` does; the edge says it once."""
+        other = copy.copy(self)
+        other.actor = actor
+        return other
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -95,7 +108,7 @@ class Database:
         """
         with (
             _unavailable_when_transient(),
-            Session(self._writes, autoflush=False) as session,
+            Session(self._writes, autoflush=False, info={_ACTOR: self.actor}) as session,
             session.begin(),
         ):
             yield session
@@ -138,6 +151,12 @@ def connect(settings: Settings) -> Database:
     """The installation's database. No connection is opened yet."""
     # What a frozen process, or one whose host is gone, has locked must be free when its lease ends.
     return Database(settings.sql_url, idle_seconds=min(10.0, settings.lease_seconds))
+
+
+def actor_of(s: Session) -> Actor | None:
+    """Who acts in this transaction; None where nobody said so."""
+    actor: Actor | None = s.info.get(_ACTOR)
+    return actor
 
 
 def driver_url(url: str | URL) -> URL:

@@ -57,6 +57,22 @@ def insert_new_rows(s: Session, table: Table, rows: Sequence[NewRow]) -> set[tup
     return {tuple(row) for row in s.execute(statement, rows)}
 
 
+def insert_rows(s: Session, table: Table, rows: Sequence[NewRow]) -> None:
+    """Insert rows that are new, in their order; a key that is there already is an error.
+
+    The rows have the same columns; their numbers are finite.
+    """
+    if len(rows) > 1 and s.get_bind().dialect.name == "postgresql":
+        s.execute(_all_from_document(table, tuple(rows[0])), {table.name: _document(s, table, rows)})
+    elif rows:
+        s.execute(insert(table), list(rows))
+
+
+@cache
+def _all_from_document(table: Table, names: tuple[str, ...]) -> Insert:
+    return insert(table).from_select(names, _rows_of(table, names))
+
+
 def insert_families(
     s: Session, table: Table, rows: Sequence[NewRow], kin: Mapping[Table, Sequence[NewRow]], *, of: str
 ) -> set[str]:

@@ -14,6 +14,7 @@ from halfstep.service.store.tables.jobs import (
     job_transitions,
     jobs,
 )
+from halfstep.service.store.tables.outbox import outbox, outbox_cursors, outbox_waiting
 from halfstep.service.store.tables.record import metric_chunks, metric_rollups
 from halfstep.service.store.tables.tenants import api_keys
 from halfstep.service.store.tables.types import ExactDouble, JsonText, metadata
@@ -34,5 +35,8 @@ __all__ = [
     "metadata",
     "metric_chunks",
     "metric_rollups",
+    "outbox",
+    "outbox_cursors",
+    "outbox_waiting",
     "workers",
 ]

@@ -52,6 +52,8 @@ jobs = Table(
     # Wake-ups sent for this stay in the queue, and when the next one is due.
     Column("publishes", Integer, nullable=False),
     Column("publish_due", Time, nullable=False),
+    # Who submitted it; NULL: an earlier version took it in.
+    Column("submitted_by", JsonText),
     CheckConstraint(one_of("state", JobState), name="state_known"),
     CheckConstraint(f"requested IS NULL OR {one_of('requested', RequestedAction)}", name="requested_known"),
     CheckConstraint("device IN ('auto', 'cpu', 'cuda')", name="device_known"),
@@ -142,6 +144,7 @@ job_events = Table(
     Column("level", Text, nullable=False),
     Column("message", Text, nullable=False),
     Column("data", JsonText),
+    Column("actor", JsonText),  # who did it; NULL: an earlier version wrote it
     PrimaryKeyConstraint("job_id", "seq"),
 )
 
