@@ -31,6 +31,7 @@ class Mutant:
     red: tuple[str, ...]
     count: int = 6
     number: int = 6  # of faults
+    outbox: bool = False  # noticed by `tests.faults.outbox`, which has no kinds of faults
 
 
 MUTANTS = (
@@ -109,13 +110,45 @@ MUTANTS = (
         "dispatcher off",
         (
             (
-                "service/dispatch.py",
-                "    given_back = database.retry(_reap)",
-                "    if settings:\n        return\n    given_back = database.retry(_reap)",
+                "service/dispatch/loop.py",
+                "    for duty in DUTIES:\n        duty(now)",
+                "    for _duty in DUTIES:\n        continue",
             ),
         ),
         ("kill worker", "flush redis"),
         ("acknowledged jobs end",),
+    ),
+    Mutant(
+        "read events by the id that was drawn before the commit",
+        (
+            (
+                "service/store/outbox/sequencing.py",
+                "        select(jobs.c.tenant,",
+                "        select(outbox_waiting.c.id, jobs.c.tenant,",
+            ),
+            ("service/store/outbox/sequencing.py", '["tenant",', '["position", "tenant",'),
+        ),
+        (),
+        ("each event is delivered",),
+        outbox=True,
+    ),
+    Mutant(
+        "store a consumer's cursor before it has handled",
+        (
+            (
+                "service/dispatch/consuming.py",
+                "    if page.entries:\n        consumer.handle(page.entries)\n    try:",
+                "    try:",
+            ),
+            (
+                "service/dispatch/consuming.py",
+                "    return not page.complete",
+                "    if page.entries:\n        consumer.handle(page.entries)\n    return not page.complete",
+            ),
+        ),
+        (),
+        ("each event is delivered",),
+        outbox=True,
     ),
 )
 
@@ -154,19 +187,13 @@ def environment_of(tree: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tree)}
 
 
-def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: int, seed: int) -> list[str]:
-    """Which invariants a run on the mutated tree (None: as it is) finds broken, sorted."""
+def tried(mutant: Mutant | None, command: Sequence[str]) -> list[str]:
+    """Which invariants the run `command` on the mutated tree (None: as it is) finds broken, sorted."""
     with tempfile.TemporaryDirectory(prefix="halfstep-mutant-") as name:
         tree = Path(name)
         copied(mutant, tree)
-        only = [argument for fault in faults for argument in ("--only", fault)]
         done = subprocess.run(
-            [
-                *(sys.executable, "-m", "tests.faults.run"),
-                *("--jobs", str(count), "--faults", str(number), "--seed", str(seed), "--workers", "2"),
-                *("--variants", "plain", "--patience", "20", "--json", str(tree / "result.json")),
-                *only,
-            ],
+            [sys.executable, "-m", *command, "--json", str(tree / "result.json")],
             cwd=tree,
             env=environment_of(tree),
             capture_output=True,
@@ -179,6 +206,19 @@ def tried(mutant: Mutant | None, faults: Sequence[str], *, count: int, number: i
         except FileNotFoundError:
             raise RuntimeError(f"the run itself failed: {done.stdout[-2000:]}{done.stderr[-4000:]}") from None
         return sorted({violation["invariant"] for violation in result["violations"]})
+
+
+def _jobs(faults: Sequence[str], *, count: int, number: int, seed: int) -> list[str]:
+    only = [argument for fault in faults for argument in ("--only", fault)]
+    return [
+        *("tests.faults.run", "--jobs", str(count), "--faults", str(number), "--seed", str(seed)),
+        *("--workers", "2", "--variants", "plain", "--patience", "20", *only),
+    ]
+
+
+def _outbox(seed: int) -> list[str]:
+    # On PostgreSQL: on SQLite transactions are serial, so that none commits late.
+    return ["tests.faults.outbox", "--events", "4000", "--database", "postgresql", "--seed", str(seed)]
 
 
 def main() -> int:
@@ -197,12 +237,19 @@ def main() -> int:
     # All of their faults at once, on the tree as it is: what is red below is red for the break alone.
     faults = sorted({fault for mutant in chosen for fault in mutant.faults})
     began = time.monotonic()
-    found = tried(None, faults, count=12, number=3 * len(faults), seed=arguments.seed)
-    failed += bool(found)
-    _tell("as it is", faults, f"RED: {', '.join(found)}" if found else "green", began)
+    if faults:
+        found = tried(None, _jobs(faults, count=12, number=3 * len(faults), seed=arguments.seed))
+        failed += bool(found)
+        _tell("as it is", faults, f"RED: {', '.join(found)}" if found else "green", began)
+    if any(mutant.outbox for mutant in chosen):
+        began = time.monotonic()
+        found = tried(None, _outbox(arguments.seed))
+        failed += bool(found)
+        _tell("the outbox as it is", (), f"RED: {', '.join(found)}" if found else "green", began)
     for mutant in chosen:
         began = time.monotonic()
-        found = tried(mutant, mutant.faults, count=mutant.count, number=mutant.number, seed=arguments.seed)
+        jobs = _jobs(mutant.faults, count=mutant.count, number=mutant.number, seed=arguments.seed)
+        found = tried(mutant, _outbox(arguments.seed) if mutant.outbox else jobs)
         noticed = bool(set(found) & set(mutant.red))
         failed += not noticed
         wanted = "" if noticed else f"GREEN for {' and for '.join(mutant.red)}; "
