@@ -3,15 +3,16 @@
 States have their events written where they change (`records`); metrics are another record.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import select, update
+from sqlalchemy import Text, and_, select, type_coerce, update
 from sqlalchemy.orm import Session
 
 from halfstep.service.store.event_rows import NewEvent, write_events
-from halfstep.service.store.job_rows import absent, known_shape, lock_fenced
+from halfstep.service.store.job_rows import absent, known_shape, lock_fenced, storable
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_events, job_stats
 
@@ -70,6 +71,34 @@ def append(
     )
     write_events(s, [event])
     return int(row.last_event)
+
+
+def is_told(
+    s: Session,
+    job_id: str,
+    *,
+    type: str,  # noqa: A002  # as above
+    same: str | Mapping[str, Any],
+) -> bool:
+    """Whether the job has an event of this type that tells the same, however many events it has.
+
+    Args:
+        s: the transaction.
+        job_id: the job's.
+        type: the event's.
+        same: the sentence that makes it the same, or the members of its data.
+    """
+    if isinstance(same, str):
+        alike = job_events.c.message == storable(same)
+    else:
+        # A member's text is in the column's; what merely begins alike is sorted out below.
+        text = type_coerce(job_events.c.data, Text)
+        members = (json.dumps({name: value}, separators=(",", ":"))[1:-1] for name, value in same.items())
+        alike = and_(*(text.contains(member, autoescape=True) for member in members))
+    found = s.scalars(
+        select(job_events.c.data).where(job_events.c.job_id == job_id, job_events.c.type == type, alike)
+    )
+    return any(isinstance(same, str) or data | same == data for data in found)
 
 
 def read(

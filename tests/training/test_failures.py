@@ -150,6 +150,8 @@ def test_a_run_of_bad_batches_is_left_out_once(tmp_path: Path) -> None:
     outcome, recorder = run(spec, tmp_path)
     [told] = recorder.coded("batches_excluded")
     assert told["batches"] == [[1, 19], [1, 20], [1, 21], [1, 22]]
+    [incident] = recorder.coded("nan")
+    assert (incident["step"], incident["batch"]) == (20, [1, 19])
     assert recorder.resumes == [0, 16]
     assert (outcome.stopped, outcome.step, recorder.total_steps) == (None, 36, 36)
     assert [row.step for row in recorder.rows] == list(range(1, 37))

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -203,6 +204,40 @@ def test_a_checkpoints_files_go_only_after_its_successor_is_referred_to(
     assert not folders[0].exists()
     with database.read() as session:
         assert [kept.step for kept in jobs.checkpoints(session, job.id)] == [2]
+
+
+def test_a_notice_is_told_once_over_attempts_and_any_number_of_events(
+    database: Database, job: jobs.Job
+) -> None:
+    seen = {"code": "nan", "step": 20, "batch": [1, 19]}
+    notices: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("warning", "warning", "FP16 on a CPU is slow", {"code": "warning", "step": 0}),
+        ("warning", "warning", "nothing is cast", {"code": "warning", "step": 0}),
+        ("nan", "warning", "step 20 was skipped, first seen in 'head'", seen),
+        ("alert", "warning", "4 of 40 steps were lost", {"code": "overflow_budget_exceeded", "step": 20}),
+    ]
+    told = reporter(database, job)
+    for notice in notices:
+        told.event(*notice)
+    for number in range(120):
+        told.event("checkpoint", "error", "the disk is full", {"code": "checkpoint_failed", "number": number})
+    told.close()
+    database.retry(lambda s: jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained"))
+    again = database.retry(lambda s: jobs.claim(s, worker_id="w", capability=CPU, lease_seconds=60))
+    assert again is not None
+    resumed = reporter(database, again)
+    for notice in notices:
+        resumed.event(*notice)
+    resumed.event("nan", "warning", "step 20 was skipped, first seen in 'tail'", seen)
+    for news in ({"step": 200}, {"step": 2}, {"batch": [1, 23]}, {"batch": [1, 1]}):
+        resumed.event("nan", "warning", "step 20 was skipped, first seen in 'head'", seen | news)
+    resumed.event("checkpoint", "error", "the disk is full", {"code": "checkpoint_failed", "number": 1})
+    resumed.close()
+    with database.read() as session:
+        found = [e for e in events.read(session, job.id, limit=1000) if e.type not in {"state", "worker"}]
+    said = [(event.type, event.message) for event in found if event.type != "checkpoint"]
+    assert said == [(kind, message) for kind, _, message, _ in notices] + [notices[2][0:3:2]] * 4
+    assert len(found) - len(said) == 121
 
 
 def test_a_warning_is_told_once(database: Away, job: jobs.Job) -> None:

@@ -156,12 +156,13 @@ class Reporter:
         self._on_progress(*self._progress)
 
     def event(self, type: str, level: str, message: str, data: Mapping[str, Any] | None = None) -> None:  # noqa: A002 - the wire's name
-        """Something a person should see in the job's events."""
+        """Something a person should see in the job's events; a notice is told once in a job's life."""
         job, fence, kept = self._job_id, self._fence, dict(data or {})
+        same = _same_notice(type, message, kept)
 
         def write(session: Session) -> None:
-            # What the API warned of when the job was submitted, or an earlier attempt did, is said once.
-            if type == "warning" and message in {e.message for e in events.read(session, job)}:
+            # The API warned of it when the job was submitted, or an earlier attempt told of the same step.
+            if same is not None and events.is_told(session, job, type=type, same=same):
                 return
             events.append(session, job, type=type, level=level, message=message, data=kept, fence=fence)
 
@@ -390,3 +391,16 @@ class Reporter:
                 )
             )
         )
+
+
+def _same_notice(kind: str, message: str, data: Mapping[str, Any]) -> str | dict[str, Any] | None:
+    """What makes another event of this kind the same notice; None where each one is news.
+
+    A warning and a change of precision are what they say. A step is taken again by a resumed attempt, which
+    may find other words for what went wrong in it; after a rollback it has other batches, and is another one.
+    """
+    if kind in {"warning", "precision"}:
+        return message
+    if kind == "checkpoint" or not data.keys() >= {"code", "step"}:
+        return None
+    return {name: data[name] for name in ("code", "step", "batch") if name in data}

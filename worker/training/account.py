@@ -30,21 +30,25 @@ class Account:
         self.recent = RecentSteps()
         self.evaluation: Evaluation | None = None
         self._patience = patience
-        self._unread: deque[Position] = deque()
+        self._unread: deque[tuple[int, Position]] = deque()
         self._rows: list[StepMetrics] = []
         self._skipped: list[tuple[int, Position]] = []
         self._epoch, self._epoch_loss, self._epoch_steps = 1, 0.0, 0
         self._memory_peak = 0
         self._last_loss = math.nan
 
-    def begin(self, position: Position) -> None:
-        """The step at `position` is about to be taken; its row comes later."""
-        self._unread.append(position)
+    def begin(self, step: int, position: Position) -> None:
+        """The step is about to be taken, with the batches at `position`; its row comes later."""
+        self._unread.append((step, position))
+
+    def place_of(self, step: int) -> Position | None:
+        """Where the batches of a step lie whose row is not taken in yet; None for any other step."""
+        return next((position for begun, position in self._unread if begun == step), None)
 
     def finish(self, rows: Sequence[StepRow]) -> None:
         """Take in the rows of steps that were begun, in their order."""
         for row in rows:
-            position = self._unread.popleft()
+            _, position = self._unread.popleft()
             if row.skipped:
                 self._skipped.append((row.step, position))
             # The engine tells of a hopeless run at its next decision, when better steps may have followed.

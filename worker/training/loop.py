@@ -130,8 +130,9 @@ def _attempt(config: RunConfig, observer: Observer, asked: Callable[[], StopRequ
         try:
             stopped = _until_done(run, asked)
         except NonFinite as failure:
+            # What was seen is told before anything goes back: the next run of these steps leaves them out.
+            run.tell_rows()
             if not _worth_a_rollback(config.spec, failure, run):
-                run.tell_rows()
                 raise
             known, excluded = _roll_back(run, failure, observer)
             continue

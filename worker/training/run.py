@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from halfstep.worker.training.progress import RecentSteps
 
 _OWN_TYPES = frozenset({"precision", "overflow", "nan", "warning"})
 """Engine events that keep their type; the others are alerts."""
+
+_INCIDENTS = frozenset({"overflow", "nan"})
+"""Engine events of a step that went bad."""
 
 _MOST_PENDING = 4096
 
@@ -127,7 +131,7 @@ class Run:
         with translated(self._spec, f"step {self.step + 1}"):
             reach("child.step")
             group = self._batches.group(self._position)
-            self._account.begin(self._position)
+            self._account.begin(self.step + 1, self._position)
             self._trainer.train_group(group)
         self._account.recent.count(self._batches.samples(self._position))
         self.step += 1
@@ -263,11 +267,18 @@ class Run:
 
     def _take_event(self, event: EngineEvent) -> None:
         if event.type != "precision":
-            self._events.append(event)
+            self._events.append(self._with_batch(event))
             return
         # At once, since it takes effect next: a resumed run must find it, whatever happens to this one.
         self._tell(event)
         self._decisions.append(event.data | {"step": event.step})
+
+    def _with_batch(self, event: EngineEvent) -> EngineEvent:
+        """The event of a bad step with the place of its batches: after a rollback a step has others."""
+        place = self._account.place_of(event.step) if event.type in _INCIDENTS else None
+        if place is None:
+            return event
+        return replace(event, data=event.data | {"batch": [place.epoch, place.group]})
 
     def _tell(self, event: EngineEvent) -> None:
         own = event.type in _OWN_TYPES
