@@ -11,8 +11,8 @@ from typing import Any, Literal
 from sqlalchemy import Text, and_, select, type_coerce, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.store.event_rows import NewEvent, write_events
-from halfstep.service.store.job_rows import absent, known_shape, lock_fenced, storable
+from halfstep.service.store.event_rows import NewEvent, storable, write_events
+from halfstep.service.store.job_rows import absent, known_shape, lock_fenced
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_events, job_stats
 
