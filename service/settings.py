@@ -6,6 +6,7 @@ each setting in `_FROM_FILE`.
 
 import ipaddress
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,10 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address the API binds.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port the API binds.")
+    root_path: str = Field(
+        default="",
+        description="Path prefix under which a proxy serves the API, such as /halfstep; empty: none.",
+    )
     lease_seconds: float = Field(
         default=60.0, gt=0, description="How long a job stays claimed without a heartbeat."
     )
@@ -147,6 +152,16 @@ class Settings(BaseSettings):
         if url and not url.startswith(("redis://", "rediss://", "redis+socket://", "unix://")):
             raise ValueError("must be a redis://, rediss:// or unix:// URL, or empty for the embedded broker")
         return "redis+socket://" + url.removeprefix("unix://") if url.startswith("unix://") else url
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+            raise ValueError(
+                "HALFSTEP_ROOT_PATH must be a path such as /halfstep (letters, digits and . _ ~ -), or empty"
+            )
+        return path
 
     @field_validator("checkpoint_url")
     @classmethod

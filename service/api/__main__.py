@@ -69,6 +69,8 @@ def main() -> int:
             port=settings.port,
             log_config=None,
             access_log=False,
+            # Who a client is, and by which scheme it came, is believed from a proxy on this machine only.
+            forwarded_allow_ips="127.0.0.1,::1",
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from halfstep.service.api.answers import openapi, problems
+from halfstep.service.api.answers.methods import HeadAsGet
+from halfstep.service.api.answers.paths import BelowPrefix
 from halfstep.service.api.context import Context
 from halfstep.service.api.following.changes import JobWatcher
 from halfstep.service.api.following.feed import Feed
@@ -99,10 +101,13 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         docs,
     ):
         app.include_router(resource.router)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestIds)
+    if settings.root_path:
+        app.add_middleware(BelowPrefix, prefix=settings.root_path)
 
     def openapi_document() -> dict[str, Any]:
-        return openapi.document(app)
+        return openapi.document(app, prefix=settings.root_path)
 
     app.openapi = openapi_document  # type: ignore[method-assign]  # the framework's documented way to extend it
     return app

@@ -26,6 +26,10 @@ class Context:
     summaries: Summaries
     intake: Intake
 
+    def path(self, path: str) -> str:
+        """A path of this API as a client writes it: below the prefix that a proxy serves it under."""
+        return self.settings.root_path + path
+
 
 def context_of(request: Request) -> Context:
     """The context of the application that serves `request`.

@@ -66,8 +66,8 @@ def json_body(model: str, examples: Mapping[str, Any], *, required: bool = True)
     return {"requestBody": {"required": required, "content": {"application/json": content}}}
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The document, built once and kept by `app`."""
+def document(app: FastAPI, *, prefix: str = "") -> dict[str, Any]:
+    """The document, built once and kept by `app`; `prefix`: the path that a proxy serves it under."""
     if app.openapi_schema is None:
         built = get_openapi(
             title=app.title,
@@ -76,6 +76,7 @@ def document(app: FastAPI) -> dict[str, Any]:
             description=app.description,
             routes=app.routes,
             tags=app.openapi_tags,
+            servers=[{"url": prefix}] if prefix else None,
         )
         _, added = models_json_schema(
             [

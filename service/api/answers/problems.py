@@ -20,6 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
+from halfstep.service.api.answers.methods import allowed_at
+from halfstep.service.api.answers.paths import client_path
 from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.errors import (
     Conflict,
@@ -100,7 +102,7 @@ def install(app: FastAPI) -> None:
 
 async def _raised(request: Request, error: ProblemError) -> Response:
     return problem_answer(
-        request.url.path,
+        _path(request),
         error.status,
         error.code,
         error.detail,
@@ -119,7 +121,7 @@ _STATUSES: tuple[tuple[type[HalfstepError], HTTPStatus], ...] = (
 
 
 async def _service_error(request: Request, error: HalfstepError) -> Response:
-    path = request.url.path
+    path = _path(request)
     status = next((status for kind, status in _STATUSES if isinstance(error, kind)), None)
     if status is None:
         _log.error("request_failed", exc_info=error)
@@ -138,16 +140,19 @@ def _pointed(problems: Sequence[FieldProblem]) -> list[dict[str, str]]:
 
 async def _framework_error(request: Request, error: HTTPException) -> Response:
     status = HTTPStatus(error.status_code)
-    headers = dict(error.headers or {})
+    headers, path = dict(error.headers or {}), _path(request)
     if status is HTTPStatus.NOT_FOUND:
-        return problem_answer(
-            request.url.path, status, "no_such_path", "No such path; /openapi.json lists them."
-        )
+        listed = client_path(request.scope, "/openapi.json")
+        return problem_answer(path, status, "no_such_path", f"No such path; {listed} lists them.")
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = headers.get("Allow", "another method")
+        allowed = allowed_at(request.app.routes, request.scope)
         detail = f"This path does not take {request.method}; it takes {allowed}."
-        return problem_answer(request.url.path, status, "method_not_allowed", detail, headers=headers)
-    return problem_answer(request.url.path, status, status.name.lower(), status.description, headers=headers)
+        return problem_answer(path, status, "method_not_allowed", detail, headers={"allow": allowed})
+    return problem_answer(path, status, status.name.lower(), status.description, headers=headers)
+
+
+def _path(request: Request) -> str:
+    return client_path(request.scope, request.url.path)
 
 
 async def _wrong_parameter(request: Request, error: RequestValidationError) -> Response:
@@ -157,7 +162,7 @@ async def _wrong_parameter(request: Request, error: RequestValidationError) -> R
     ]
     named = ", ".join(dict.fromkeys(entry["parameter"] for entry in errors))
     return problem_answer(
-        request.url.path,
+        _path(request),
         HTTPStatus.UNPROCESSABLE_ENTITY,
         "invalid_parameter",
         f"Wrong parameter: {named}.",

@@ -8,6 +8,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from halfstep.service.api.answers.paths import client_path
 from halfstep.service.api.answers.problems import unexpected_answer
 
 HEADER = "x-request-id"
@@ -45,7 +46,7 @@ class RequestIds:
                 _log.exception("request_failed", method=scope["method"], path=scope["path"], exc_info=error)
                 if status:  # half an answer is out: only closing the connection tells the client
                     raise
-                await unexpected_answer(scope["path"])(scope, receive, identified)
+                await unexpected_answer(client_path(scope, scope["path"]))(scope, receive, identified)
             finally:
                 took = round((time.perf_counter() - started) * 1000, 2)
                 # Clients poll: what only read something, and got it, would drown the rest.

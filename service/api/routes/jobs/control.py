@@ -123,7 +123,7 @@ def retry_job(
         answer,
         status_code=HTTPStatus.ACCEPTED,
         media_type="application/json",
-        headers={"location": f"/jobs/{stored_id}"},
+        headers={"location": context.path(f"/jobs/{stored_id}")},
     )
 
 

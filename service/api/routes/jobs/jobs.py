@@ -70,7 +70,7 @@ async def submit_job(
         answer.body,
         status_code=HTTPStatus.ACCEPTED,
         media_type="application/json",
-        headers={"location": f"/jobs/{answer.job_id}"},
+        headers={"location": context.path(f"/jobs/{answer.job_id}")},
     )
 
 
