@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="HALFSTEP_",
         env_file=".env",
+        env_ignore_empty=True,  # as compose files pass on what is not given
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,  # URLs have passwords in them
@@ -113,7 +114,7 @@ class Settings(BaseSettings):
     def __init__(self, **values: object) -> None:
         for name in _FROM_FILE:
             path = os.environ.get(f"HALFSTEP_{name}_FILE")
-            if path and name.lower() not in values and f"HALFSTEP_{name}" not in os.environ:
+            if path and name.lower() not in values and not os.environ.get(f"HALFSTEP_{name}"):
                 try:
                     values[name.lower()] = Path(path).read_text(encoding="utf-8").strip()
                 except OSError as error:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from halfstep.service.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 TOOLS = Path(sys.executable).parent
@@ -106,11 +108,11 @@ def test_a_stopping_worker_has_time_for_its_drain() -> None:
     for path in WHOLE:
         for name, service in services(path).items():
             if name.startswith("worker"):
-                drain = re.fullmatch(
-                    r"\$\{HALFSTEP_DRAIN_SECONDS:-(\d+)\}", service["environment"]["HALFSTEP_DRAIN_SECONDS"]
+                grace = re.fullmatch(
+                    r"\$\{HALFSTEP_STOP_GRACE_PERIOD:-(\d+)s\}", service["stop_grace_period"]
                 )
-                assert drain is not None
-                assert int(service["stop_grace_period"].removesuffix("s")) >= int(drain[1]) + 5
+                assert grace is not None
+                assert int(grace[1]) >= Settings.model_fields["drain_seconds"].default + 5
 
 
 def test_secrets_are_made_once_and_fit_the_compose_file(tmp_path: Path) -> None:

@@ -34,6 +34,19 @@ def test_a_secret_comes_from_a_file_unless_the_variable_is_set(
     assert Settings().sql_url == "sqlite:////elsewhere.db"
 
 
+def test_an_empty_variable_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"HALFSTEP_{name.upper()}", "")
+    secret = tmp_path / "url"
+    secret.write_text("redis://broker\n")
+    monkeypatch.setenv("HALFSTEP_BROKER_URL_FILE", str(secret))
+    empty = Settings()
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"HALFSTEP_{name.upper()}")
+    assert empty == Settings()
+    assert empty.broker_url == "redis://broker"
+
+
 def test_a_missing_secret_file_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFSTEP_BROKER_URL_FILE", "/nowhere/secret")
     with pytest.raises(ValueError, match="HALFSTEP_BROKER_URL_FILE names /nowhere/secret"):
