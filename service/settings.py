@@ -7,6 +7,7 @@ each setting in `_FROM_FILE`.
 import ipaddress
 import os
 import re
+import socket
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -204,6 +205,11 @@ class Settings(BaseSettings):
     def celery_broker_url(self) -> str:
         """The broker to use, with the embedded default filled in."""
         return self.broker_url or f"redis+socket://{self.broker_socket}"
+
+    @cached_property
+    def shown_worker_name(self) -> str:
+        """The name by which this host's worker is known."""
+        return self.worker_name or socket.gethostname()
 
     @property
     def live_seconds(self) -> float:

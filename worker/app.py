@@ -18,6 +18,7 @@ from celery.exceptions import SecurityWarning
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
 from halfstep.service.files.storage import storage
 from halfstep.service.logs import configure
@@ -86,7 +87,7 @@ class _Registration:
             workers.register(
                 session,
                 worker_id=self.worker_id,
-                name=self._settings.worker_name or socket.gethostname(),
+                name=self._settings.shown_worker_name,
                 pid=os.getpid(),
                 capability=self.capability,
                 versions=self._ready.versions,
@@ -123,7 +124,7 @@ def _leave_logging_alone(**_: object) -> None:
 def serve(settings: Settings) -> None:
     """Run the worker until SIGTERM or SIGINT; returns when every process of its own is gone."""
     storage(settings)  # a URL that nothing serves is told before a job is claimed
-    database = connect(settings)
+    database = connect(settings).acting(Actor(ActorKind.WORKER, name=settings.shown_worker_name))
     schema.check_current(database)
     slots = build_slots(settings, Spawner())
     ready = _learn(slots[0])

@@ -16,9 +16,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.context import Context, context_of
 from halfstep.service.api.requests.known_keys import Caller
+from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.errors import StoreUnavailable
 
 Scope = Literal["read", "submit", "admin"]
-NOBODY_IN_PARTICULAR = Caller("default", frozenset({"read", "submit", "admin"}))
+NOBODY_IN_PARTICULAR = Caller(
+    "default", frozenset({"read", "submit", "admin"}), Actor(ActorKind.LOCAL, tenant="default")
+)
 """Who calls while no key is configured."""
 
 _bearer = HTTPBearer(
@@ -49,6 +53,17 @@ async def identify(request: Request, credentials: Credentials) -> Caller:
             "This key is unknown, expired or revoked; `halfstep keys list` shows the valid ones."
         )
     return caller
+
+
+async def may_still_listen(request: Request, credentials: Credentials) -> bool:
+    """Whether the caller of a request that goes on is still let in; yes while the database is away."""
+    try:
+        await identify(request, credentials)
+    except ProblemError:
+        return False
+    except StoreUnavailable:
+        return True
+    return True
 
 
 def requires(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:

@@ -1,7 +1,8 @@
 """The application: its parts put together, and nothing that runs at import."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,14 +14,15 @@ from halfstep.service.api.context import Context
 from halfstep.service.api.following.changes import JobWatcher
 from halfstep.service.api.following.feed import Feed
 from halfstep.service.api.following.summaries import Summaries
+from halfstep.service.api.following.tenant_events import versions
 from halfstep.service.api.requests.known_keys import KnownKeys
 from halfstep.service.api.requests.request_log import RequestIds
 from halfstep.service.api.routes import components, docs, health, workers
+from halfstep.service.api.routes import events as all_events
 from halfstep.service.api.routes.jobs import checkpoints, control, jobs
 from halfstep.service.api.routes.progress import events, metrics, stats, stream
 from halfstep.service.api.submitting.intake import Intake
 from halfstep.service.settings import Settings
-from halfstep.service.store import record
 from halfstep.service.store.sql.database import Database, connect
 
 API_VERSION = "1.0"
@@ -48,11 +50,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     """
     store = database if database is not None else connect(settings)
 
-    def versions(job_ids: Sequence[str]) -> Mapping[str, int]:
-        with store.read() as session:
-            return record.versions(session, job_ids)
-
-    watcher = JobWatcher(versions)
+    watcher = JobWatcher(partial(versions, store))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -95,6 +93,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         metrics,
         events,
         stream,
+        all_events,
         components,
         workers,
         health,

@@ -20,7 +20,7 @@ from halfstep.service.errors import HalfstepError
 # wait for SQLAlchemy and Alembic.
 OWNERS = {
     "halfstep.service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "restored", "openapi"),
-    "halfstep.service.cli.jobs": ("submit", "jobs", "stats", "watch"),
+    "halfstep.service.cli.jobs": ("submit", "jobs", "stats", "watch", "events"),
     "halfstep.service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
     "halfstep.service.cli.keys": ("keys",),
     "halfstep.service.cli.health": ("health",),

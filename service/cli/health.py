@@ -4,7 +4,6 @@ It asks for what the part is there for, not whether a process exists: the API an
 is fresh, no queued job waits for the dispatcher.
 """
 
-import socket
 from enum import StrEnum
 from typing import Annotated
 
@@ -68,7 +67,7 @@ def _api(settings: Settings) -> None:
 
 
 def _worker(settings: Settings, database: Database) -> None:
-    name = settings.worker_name or socket.gethostname()
+    name = settings.shown_worker_name
     with database.read() as session:
         live = workers.list_workers(session, live_seconds=3 * settings.heartbeat_seconds)
     if name not in {each.name for each in live}:

@@ -1,7 +1,7 @@
 """The client's commands that submit and show: submit, jobs, stats, watch. All of them speak HTTP only."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -9,10 +9,11 @@ from rich.text import Text
 
 from halfstep.service.cli.live import view_for
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from halfstep.service.cli.render import jobs_table, print_wide, stats_table
+from halfstep.service.cli.render import event_line, jobs_table, print_wide, stats_table
 from halfstep.service.cli.specfile import read_spec
 from halfstep.service.client.http import Api
-from halfstep.service.client.watching import follow
+from halfstep.service.client.watching import all_events, follow
+from halfstep.service.contract.answers import EventType
 from halfstep.service.contract.states import JobState
 
 SpecFile = Annotated[
@@ -28,13 +29,27 @@ States = Annotated[
 Tags = Annotated[
     list[str] | None, typer.Option(help="Only with this tag (key:value); repeatable.", show_default=False)
 ]
+FollowOn = Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens, until interrupted.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--type", help=f"Only these: {', '.join(get_args(EventType))}; repeatable.", show_default=False
+    ),
+]
+After = Annotated[
+    str | None,
+    typer.Option(
+        help="Begin after this cursor of the API, or with `latest` from now on.",
+        show_default=False,
+    ),
+]
 
 INTERRUPTED = 130
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    for command in (submit, jobs, stats, watch):
+    for command in (submit, jobs, stats, watch, events):
         app.command()(command)
 
 
@@ -107,6 +122,31 @@ def watch(job_id: JobId, url: Url = None, key: Key = None, as_json: AsJson = Fal
     """Follow a job until it ends; the exit code is 0 only if it succeeded."""
     with Api(url, key) as api:
         _watch(api, api.resolve(job_id), _console(), as_json=as_json)
+
+
+def events(
+    follow_on: FollowOn = False,
+    kinds: Kinds = None,
+    after: After = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what happened to all jobs, in order, and who did it."""
+    console, errors = _console(), Console(stderr=True, highlight=False)
+
+    def away(why: str) -> None:
+        errors.print(f"waiting: {why}", style="yellow", soft_wrap=True, markup=False)
+
+    with Api(url, key) as api:
+        try:
+            for event in all_events(api, types=kinds or (), after=after, follow_on=follow_on, away=away):
+                if as_json:
+                    print(json.dumps(event), flush=True)
+                else:
+                    console.print(event_line(event), soft_wrap=True)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _console() -> Console:

@@ -23,6 +23,7 @@ from halfstep.service.cli.up import broker
 from halfstep.service.cli.up.instance import held
 from halfstep.service.cli.up.merged_log import MergedLog
 from halfstep.service.cli.up.supervisor import Part, Supervisor
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.errors import ConfigurationError
 from halfstep.service.files.storage import storage
 from halfstep.service.settings import Settings
@@ -104,7 +105,7 @@ def migrate() -> None:
 
 def restored() -> None:
     """After a backup was restored: queue again, uncharged, what workers held when the copy was taken."""
-    database = connect(Settings())
+    database = connect(Settings()).acting(Actor(ActorKind.COMMAND_LINE))
     try:
         check_current(database)
         given_back = 0

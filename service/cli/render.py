@@ -72,6 +72,24 @@ def moment(value: object) -> datetime | None:
     return datetime.fromisoformat(value)
 
 
+LEVEL_STYLES = {"error": "red", "warning": "yellow", "debug": "dim"}
+
+
+def event_line(event: Mapping[str, Any]) -> Text:
+    """One event of any job: when, which job, what, and who did it."""
+    at = moment(event.get("at"))
+    actor = event.get("actor") or {}
+    line = Text.assemble(
+        (f"{at.astimezone():%Y-%m-%d %H:%M:%S}" if at else ABSENT, "dim"),
+        f" {event.get('job_id')} ",
+        (f"{event.get('type')} ", "bold"),
+        (str(event.get("message")), LEVEL_STYLES.get(str(event.get("level")), "")),
+    )
+    if who := actor.get("name") or actor.get("kind"):
+        line.append(f" ({who})", style="dim")
+    return line
+
+
 def run_seconds(job: Mapping[str, Any]) -> float | None:
     """From the job's first start to its end, or to now."""
     start = moment(job.get("started_at"))

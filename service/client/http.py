@@ -6,7 +6,7 @@ Knows the paths and field names of the HTTP contract; prints nothing.
 import ipaddress
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -138,6 +138,17 @@ class Api:
         if answer.status_code == httpx.codes.NOT_MODIFIED:
             return Polled(None, etag)
         return Polled(_object(answer), answer.headers.get("etag"))
+
+    def events(
+        self, after: str | None, *, types: Sequence[str] = (), limit: int = 100, wait: bool = False
+    ) -> dict[str, Any]:
+        """GET /events; `{items, next_after}`. With `wait` answered when there is one or after ten seconds."""
+        params: list[tuple[str, str]] = [("limit", str(limit)), *(("type", each) for each in types)]
+        if after is not None:
+            params.append(("after", after))
+        if wait:
+            params.append(("wait_seconds", f"{WAIT_SECONDS:g}"))
+        return self._json("GET", "/events", params=params)
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """POST /jobs/{id}/cancel; the Job."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from halfstep.service.contract.actors import ActorKind
 from halfstep.service.contract.examples import (
     CHECKPOINT,
     COMPONENT,
@@ -20,6 +21,7 @@ from halfstep.service.contract.examples import (
     STREAM_END,
     STREAM_METRICS,
     STREAM_STATE,
+    TENANT_EVENTS,
     WORKER,
 )
 from halfstep.service.contract.precision import MixedPrecisionMode, PrecisionLevel
@@ -29,6 +31,9 @@ from halfstep.service.contract.states import JobState, ReasonCode
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
 Number = Annotated[float | NonFinite, Field(description="A number; what is not finite is spelled out.")]
 JobId = Annotated[str, Field(json_schema_extra={"format": "uuid"}, description="UUIDv7.")]
+EventType = Literal[
+    "state", "precision", "overflow", "nan", "alert", "evaluation", "checkpoint", "worker", "warning"
+]
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -232,9 +237,7 @@ class Event(_Answer):
 
     seq: int = Field(ge=1, description="From 1, without gaps.")
     at: datetime
-    type: Literal[
-        "state", "precision", "overflow", "nan", "alert", "evaluation", "checkpoint", "worker", "warning"
-    ]
+    type: EventType
     level: str
     message: str
     data: Any
@@ -247,6 +250,37 @@ class EventPage(BaseModel):
 
     items: list[Event]
     next_after: int = Field(description="For the next `after=`.")
+
+
+class Actor(_Answer):
+    """Who did it."""
+
+    kind: ActorKind
+    id: str | None = Field(description="Of the API key; null for everything else.")
+    name: str | None = Field(description="The key's or the worker's name.")
+    tenant: str | None = Field(description="The key's; null for what belongs to the installation.")
+
+
+class TenantEvent(_Answer):
+    """Something that happened to one of a tenant's jobs."""
+
+    job_id: JobId
+    seq: int = Field(ge=1, description="Its number within its job, from 1 without gaps.")
+    at: datetime
+    type: EventType
+    level: str
+    message: str
+    data: Any
+    actor: Actor | None = Field(description="Null: written by a version that did not keep it.")
+
+
+class TenantEventPage(BaseModel):
+    """Events of all jobs of a tenant, in one order."""
+
+    model_config = _with(TENANT_EVENTS)
+
+    items: list[TenantEvent]
+    next_after: str = Field(description="For the next `after=`; given where there is no event, too.")
 
 
 class Checkpoint(BaseModel):

@@ -133,6 +133,32 @@ EVENTS: dict[str, Any] = {
     "next_after": 1,
 }
 
+TENANT_EVENTS: dict[str, Any] = {
+    "items": [
+        {
+            "job_id": _ID,
+            "seq": 1,
+            "at": "2026-11-02T09:30:00.000000Z",
+            "type": "state",
+            "level": "info",
+            "message": "queued: submitted",
+            "data": {"state": "queued", "attempt": 1, "worker": None},
+            "actor": {
+                "kind": "key",
+                "id": "01935b2e-0d02-7c11-8a53-6b1f0c9e7d42",
+                "name": "ci",
+                "tenant": "vision",
+            },
+        }
+    ],
+    "next_after": "WzEsIjkyZjAzMjM2ZTQyZCJd",
+}
+TENANT_EVENT_STREAM = (
+    "event: event\nid: WzEsIjkyZjAzMjM2ZTQyZCJd\ndata: "
+    + json.dumps(TENANT_EVENTS["items"][0], separators=(",", ":"))
+    + "\n\n"
+)
+
 CHECKPOINT: dict[str, Any] = {
     "step": 23,
     "bytes": 1204224,

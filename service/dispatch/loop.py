@@ -42,7 +42,7 @@ def one_round(settings: Settings, database: Database, *, up_seconds: float = mat
     Raises:
         StoreUnavailable: The database is away; the next round tries again.
     """
-    now = Round(settings, database, up_seconds, partial(enqueue, settings))
+    now = Round(settings, database.acting(DISPATCHER), up_seconds, partial(enqueue, settings))
     for duty in DUTIES:
         duty(now)
 
@@ -50,7 +50,7 @@ def one_round(settings: Settings, database: Database, *, up_seconds: float = mat
 def run(settings: Settings, stop: threading.Event) -> None:
     """Rounds every `dispatch_seconds` until `stop` is set."""
     storage(settings)  # a URL that nothing serves is told now
-    database = connect(settings).acting(DISPATCHER)
+    database = connect(settings)
     schema.check_current(database)
     log.info("dispatcher ready", every_seconds=settings.dispatch_seconds)
     away = False

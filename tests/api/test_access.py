@@ -28,6 +28,7 @@ PATHS = (
     ("GET", "/jobs/{id}/stats"),
     ("GET", "/jobs/{id}/metrics"),
     ("GET", "/jobs/{id}/events"),
+    ("GET", "/events"),
     ("GET", "/jobs/{id}/checkpoints"),
     ("GET", "/jobs/{id}/checkpoints/1/model"),
     ("POST", "/jobs/{id}/cancel"),

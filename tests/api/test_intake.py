@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from halfstep.service import queue
 from halfstep.service.api.requests.body import JsonBody, parse
 from halfstep.service.api.submitting.intake import Intake, Order, Taken
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.errors import InvalidRequest, StoreUnavailable
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
@@ -24,7 +25,8 @@ from .conftest import SPEC
 
 def order(key: str | None = None, *, dry_run: bool = False, **changes: Any) -> Order:
     raw = json.dumps({**SPEC, **changes}).encode()
-    return Order("acme", JsonBody(raw, parse(raw), str(hash(raw))), dry_run=dry_run, idempotency_key=key)
+    body = JsonBody(raw, parse(raw), str(hash(raw)))
+    return Order("acme", Actor(ActorKind.LOCAL), body, dry_run=dry_run, idempotency_key=key)
 
 
 def take(intake: Intake, *orders: Order) -> list[Taken | BaseException]:

@@ -13,20 +13,23 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.dispatch.consuming import Consumer, consume
 from halfstep.service.errors import StoreUnavailable
-from halfstep.service.store import events, jobs, outbox
+from halfstep.service.store import jobs, outbox
+from halfstep.service.store.event_rows import NewEvent, write_events
 from halfstep.service.store.outbox import Entry
+from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.sql.schema import migrate
 from halfstep.service.store.tables import job_stats
@@ -74,15 +77,15 @@ def write(url: str, job_ids: Sequence[str], number: int, seed: int, late: str) -
     database = Database(url, pool_size=1)
     slow = 0
     while number:
-        several = min(number, chance.randint(1, 8))
+        several = min(number, chance.randint(1, 40))
         # In one order everywhere, as all who lock more than one job do.
-        chosen = sorted(chance.choices(job_ids, k=several))
+        chosen = sorted(Counter(chance.choices(chance.sample(job_ids, 3), k=several)).items())
         held = chance.random() < 0.02
         delay = chance.uniform(0.02, 0.06) if held else chance.expovariate(1 / 0.001)
 
-        def tell(s: Session, chosen: Sequence[str] = chosen, delay: float = delay) -> None:
-            for job_id in chosen:
-                events.append(s, job_id, type="alert", level="info", message="look")
+        def tell(s: Session, chosen: Sequence[tuple[str, int]] = chosen, delay: float = delay) -> None:
+            for job_id, of_it in chosen:
+                _append(s, job_id, of_it)
             time.sleep(delay)
 
         database.retry(tell, seconds=PATIENCE)
@@ -90,6 +93,23 @@ def write(url: str, job_ids: Sequence[str], number: int, seed: int, late: str) -
         slow += held
     database.dispose()
     Path(late).write_text(str(slow), encoding="ascii")
+
+
+def _append(s: Session, job_id: str, number: int) -> None:
+    """As a change of states does: numbers are drawn under the job's lock, then one statement writes."""
+    at, last = s.execute(
+        update(job_stats)
+        .where(job_stats.c.job_id == job_id)
+        .values(last_event=job_stats.c.last_event + number, updated_at=db_now())
+        .returning(job_stats.c.updated_at, job_stats.c.last_event)
+    ).one()
+    write_events(
+        s,
+        [
+            NewEvent(job_id=job_id, seq=seq, at=at, type="alert", level="info", message="look")
+            for seq in range(last - number + 1, last + 1)
+        ],
+    )
 
 
 def deliver(url: str, log: str, seed: int) -> None:
@@ -104,7 +124,7 @@ def deliver(url: str, log: str, seed: int) -> None:
         os.write(file, lines.encode("ascii"))  # at once and at the end: processes do not mix
         time.sleep(chance.uniform(0, 0.004))
 
-    consumer = Consumer(name=CONSUMER, handle=handle, batch=50, held_seconds=HELD_SECONDS)
+    consumer = Consumer(name=CONSUMER, handle=handle, batch=100, held_seconds=HELD_SECONDS)
     holder = uuid.uuid4().hex
     while True:
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.dispatch import one_round
 from halfstep.service.dispatch.consuming import Consumer, consume
 from halfstep.service.settings import Settings
@@ -13,7 +14,7 @@ from halfstep.service.store import events, jobs, outbox
 from halfstep.service.store.outbox import Entry
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import outbox as outbox_rows
-from tests.store.making import submitted
+from tests.store.making import claimed, submitted
 
 
 @pytest.fixture
@@ -123,6 +124,16 @@ def test_a_consumer_that_was_away_for_too_long_goes_on_after_the_gap(database: D
     wanted = told(database, 1)
     drain(database, Consumer(name="hooks", handle=handle))
     assert handle.given == wanted
+
+
+def test_what_the_dispatcher_does_to_a_job_says_so(database: Database, settings: Settings) -> None:
+    submitted(database)
+    job = claimed(database, lease_seconds=-1.0)
+    one_round(settings, database)
+    with database.read() as s:
+        last = list(outbox.read(s, after=0, limit=10).entries)[-1]
+    assert (last.job_id, last.message) == (job.id, "queued: the lease of w1 ran out in attempt 1")
+    assert last.actor == Actor(ActorKind.DISPATCHER)
 
 
 def test_a_round_gives_positions_and_removes_entries_by_age(database: Database, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.speed import DtypeSpeed
 from halfstep.service.contract.states import ReasonCode
@@ -34,6 +35,11 @@ from halfstep.worker.training.loop import RunConfig, StopRequest, train
 MAX_DECISIONS = 10_000  # a run changes its precision a few times at most; each resume tells them again
 
 Asked = Callable[[], Literal["cancel", "pause", "drain"] | None]
+
+
+def _connected(settings: Settings) -> Database:
+    """The database, for what the worker does."""
+    return connect(settings).acting(Actor(ActorKind.WORKER, name=settings.shown_worker_name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ def prepare(*, probe: bool) -> Prepared:
     components.load_modules(settings.component_modules)
     take_a_step()
     mirror(settings)  # its library is loaded before an order comes
-    database = connect(settings)
+    database = _connected(settings)
     with contextlib.suppress(StoreUnavailable):  # the job will wait for it, should it still be away then
         database.ping()
     return Prepared(_ready(settings, probe=probe), settings, database)
@@ -81,7 +87,7 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
     if settings.model_dump(mode="json") != order.settings:  # a file that they are read from has changed since
         database.dispose()
         settings = Settings.model_validate(order.settings)
-        database = connect(settings)
+        database = _connected(settings)
     spec = JobSpec.model_validate(order.spec)
     # Records name files by their place below the data directory, so that a restored copy of both is whole.
     root = settings.data_dir

@@ -8,19 +8,20 @@ from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.answers.wire import json_bytes, spelled_column
 
 JSON, CSV, NDJSON = "application/json", "text/csv", "application/x-ndjson"
+EVENT_STREAM = "text/event-stream"
 OFFERED = (JSON, CSV, NDJSON)
 
 
-def negotiated(accept: str | None) -> str:
-    """The offered media type that `accept` prefers (RFC 9110, 12.5.1).
+def negotiated(accept: str | None, choices: Sequence[str] = OFFERED) -> str:
+    """The one of `choices`, the first of which is the default, that `accept` prefers (RFC 9110, 12.5.1).
 
     Raises:
         ProblemError: 406, where it takes none of them.
     """
     if accept is None or not accept.strip():
-        return JSON
+        return choices[0]
     weights: dict[str, float] = {}
-    for offered in OFFERED:
+    for offered in choices:
         best = (-1, 0.0)
         for entry in accept.split(","):
             pattern, *parameters = (part.strip().lower() for part in entry.split(";"))
@@ -28,10 +29,10 @@ def negotiated(accept: str | None) -> str:
             if specificity > best[0]:
                 best = (specificity, _quality(parameters))
         weights[offered] = best[1]
-    chosen = max(OFFERED, key=lambda offered: weights[offered])
+    chosen = max(choices, key=lambda offered: weights[offered])
     if weights[chosen] <= 0:
         raise ProblemError(
-            HTTPStatus.NOT_ACCEPTABLE, "not_acceptable", f"This record is offered as {', '.join(OFFERED)}."
+            HTTPStatus.NOT_ACCEPTABLE, "not_acceptable", f"This record is offered as {', '.join(choices)}."
         )
     return chosen
 

@@ -29,6 +29,7 @@ _MEANINGS = {
     HTTPStatus.NOT_FOUND: "Absent, or another tenant's.",
     HTTPStatus.NOT_ACCEPTABLE: "None of the accepted types is offered.",
     HTTPStatus.CONFLICT: "The job's state forbids it.",
+    HTTPStatus.GONE: "What the cursor leads to is no longer kept.",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large.",
     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE: "The range begins beyond the end.",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not sent as application/json.",

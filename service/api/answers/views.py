@@ -15,6 +15,7 @@ from halfstep.service.store.events import Event
 from halfstep.service.store.fleet.components import ComponentInfo
 from halfstep.service.store.fleet.workers import Worker
 from halfstep.service.store.jobs import Checkpoint, Job, Transition
+from halfstep.service.store.outbox import Entry
 from halfstep.service.store.record import Stats
 
 _STATS_FIELDS = tuple(field.name for field in fields(Stats) if field.name != "version")
@@ -89,6 +90,20 @@ def event_view(event: Event) -> dict[str, Any]:
         "level": event.level,
         "message": event.message,
         "data": event.data,
+    }
+
+
+def tenant_event_view(entry: Entry) -> dict[str, Any]:
+    """One event among those of all jobs, with its job and who did it."""
+    return {
+        "job_id": entry.job_id,
+        "seq": entry.seq,
+        "at": timestamp(entry.at),
+        "type": entry.type,
+        "level": entry.level,
+        "message": entry.message,
+        "data": entry.data,
+        "actor": None if entry.actor is None else entry.actor.document(),
     }
 
 

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from halfstep.service.api.answers.views import event_view
 from halfstep.service.api.answers.wire import json_bytes, spelled_column
+from halfstep.service.api.following.event_stream import Messages
 from halfstep.service.contract.states import JobState
 from halfstep.service.store.events import Event
 from halfstep.service.store.record.following import News, Position, Standing, news
@@ -114,11 +115,40 @@ class Feed:
             return await run_in_threadpool(lambda: page_of(key.job_id, self._read(query)))
 
 
+class JobSource:
+    """What one listener of a job is told, from `position` on.
+
+    Args:
+        feed: Gives the pages.
+        job_id: The job.
+        position: What the listener has.
+        fields: Columns of the step record; None: all.
+    """
+
+    def __init__(self, feed: Feed, job_id: str, position: Position, fields: Sequence[str] | None) -> None:
+        self._feed, self.subject = feed, job_id
+        self._position, self._fields = position, fields
+
+    async def following(self, version: int) -> Messages:
+        """The next page; see `event_stream.Source`."""
+        page = await self._feed.page(self.subject, self._position, self._fields, version=version)
+        self._position = page.position
+        return Messages(page.body, page.version, page.complete, page.ended)
+
+    def farewell(self) -> bytes:
+        """The `end` of a job that was deleted."""
+        return end_message(self.subject, self._position, None)
+
+    def forget(self) -> None:
+        """Drop the pages that are kept."""
+        self._feed.forget()
+
+
 def page_of(job_id: str, found: News) -> Page:
     """The messages that tell `found`."""
     parts = [_event_message(job_id, event, position) for event, position in found.events]
     if found.steps is not None:
-        parts.append(_message("metrics", token(job_id, found.position), _steps(found.standing, found.steps)))
+        parts.append(message("metrics", token(job_id, found.position), _steps(found.standing, found.steps)))
     ended = found.complete and found.standing.state.is_terminal
     if ended:
         parts.append(end_message(job_id, found.position, found.standing))
@@ -136,7 +166,7 @@ def end_message(job_id: str, position: Position, standing: Standing | None) -> b
         "last_step": None if standing is None else standing.current_step,
         "deleted": standing is None,
     }
-    return _message("end", token(job_id, position) + ".end", data)
+    return message("end", token(job_id, position) + ".end", data)
 
 
 def token(job_id: str, position: Position) -> str:
@@ -157,7 +187,7 @@ def _event_message(job_id: str, event: Event, position: Position) -> bytes:
     data = event_view(event)
     state = event.data.get("state") if event.type == "state" and event.data else None
     if state is None:
-        return _message("event", token(job_id, position), data)
+        return message("event", token(job_id, position), data)
     told: dict[str, Any] = event.data or {}
     data = {
         "seq": event.seq,
@@ -168,7 +198,7 @@ def _event_message(job_id: str, event: Event, position: Position) -> bytes:
         "worker": told.get("worker"),
         "message": event.message,
     }
-    return _message("state", token(job_id, position), data)
+    return message("state", token(job_id, position), data)
 
 
 def _steps(standing: Standing, page: MetricPage) -> dict[str, Any]:
@@ -181,7 +211,8 @@ def _steps(standing: Standing, page: MetricPage) -> dict[str, Any]:
     }
 
 
-def _message(kind: str, identifier: str, data: dict[str, Any]) -> bytes:
+def message(kind: str, identifier: str, data: dict[str, Any]) -> bytes:
+    """One message of an event stream."""
     # JSON of one line: it holds no line break that would end the field.
     return f"event: {kind}\nid: {identifier}\ndata: ".encode() + json_bytes(data) + b"\n\n"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from halfstep.service.api.shared_visits import SharedVisits
+from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tenants import keys
 
@@ -20,10 +21,11 @@ MOST_KEPT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The tenant that a request belongs to, and its scopes."""
+    """The tenant that a request belongs to, its scopes, and who acts in it."""
 
     tenant: str
     scopes: frozenset[str]
+    actor: Actor
 
 
 class KnownKeys:
@@ -85,7 +87,11 @@ class KnownKeys:
         key = keys.authenticate(session, secret)
         if key is None:
             return None
-        caller = Caller(tenant=key.tenant, scopes=frozenset(key.scopes))
+        caller = Caller(
+            key.tenant,
+            frozenset(key.scopes),
+            Actor(ActorKind.KEY, id=key.id, name=key.name, tenant=key.tenant),
+        )
         if len(self._known) >= MOST_KEPT:
             self._known.clear()
         self._known[_digest(secret)] = (asked + self._keep_seconds, caller)

@@ -68,6 +68,11 @@ def metric_columns(fields: str | None) -> list[str] | None:
     return [name for name in METRIC_COLUMNS if name == "step" or name in named]
 
 
+def wrong_header(name: str, detail: str) -> RequestValidationError:
+    """The refusal of a header that is well formed and wrong all the same."""
+    return RequestValidationError([{"loc": ("header", name), "msg": detail}])
+
+
 def wrong_query(parameter: str, detail: str) -> RequestValidationError:
     """The refusal of a query parameter that is well formed and wrong all the same."""
     return RequestValidationError([{"loc": ("query", parameter), "msg": detail}])

@@ -17,6 +17,7 @@ from halfstep.service.api.requests.body import JsonBody
 from halfstep.service.api.shared_visits import SharedVisits
 from halfstep.service.api.submitting.document import read_spec
 from halfstep.service.api.submitting.fleet import Catalogues, Fleet, Submission, prepare
+from halfstep.service.contract.actors import Actor
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.faultpoints import reach
 from halfstep.service.queue import wake_worker
@@ -33,6 +34,7 @@ class Order:
     """What a client asks for. With `dry_run` it is checked, and nothing is stored."""
 
     tenant: str
+    actor: Actor
     body: JsonBody
     dry_run: bool
     idempotency_key: str | None
@@ -147,6 +149,7 @@ def _new_job(order: Order, submission: Submission) -> jobs.NewJob:
         idempotency_key=order.idempotency_key,
         body_hash=order.body.digest,
         warnings=submission.warnings,
+        actor=order.actor,
     )
 
 

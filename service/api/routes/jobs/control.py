@@ -14,6 +14,7 @@ from halfstep.service.api.answers.views import job_view
 from halfstep.service.api.answers.wire import json_answer, json_bytes
 from halfstep.service.api.context import Context, ContextDep
 from halfstep.service.api.requests.body import read_json_body
+from halfstep.service.api.requests.known_keys import Caller
 from halfstep.service.api.requests.parameters import IdempotencyKey, JobPath, KnownQuery
 from halfstep.service.api.submitting.document import read_retry
 from halfstep.service.contract.answers import Job
@@ -37,7 +38,7 @@ def cancel_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
     A queued job is cancelled at once. One that a worker holds stops at its next step; if it ends before, it
     keeps its real outcome. A job that has succeeded or failed is a conflict.
     """
-    return json_answer(_ask(context, lambda s: store.request_cancel(s, job_id, tenant=caller.tenant)))
+    return json_answer(_ask(context, caller, lambda s: store.request_cancel(s, job_id, tenant=caller.tenant)))
 
 
 @router.post("/pause", response_model=Job, responses=_CONFLICTS)
@@ -48,7 +49,7 @@ def pause_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respon
     One that is starting keeps its state, and pauses as soon as it runs. No attempt is charged. A job that has
     ended or is being cancelled is a conflict.
     """
-    return json_answer(_ask(context, lambda s: store.request_pause(s, job_id, tenant=caller.tenant)))
+    return json_answer(_ask(context, caller, lambda s: store.request_pause(s, job_id, tenant=caller.tenant)))
 
 
 @router.post("/resume", response_model=Job, responses=_CONFLICTS)
@@ -58,7 +59,7 @@ def resume_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
     No attempt is charged. A job whose pause is not over yet, and one that has ended or is being cancelled, is
     a conflict.
     """
-    answer = _ask(context, lambda s: store.request_resume(s, job_id, tenant=caller.tenant))
+    answer = _ask(context, caller, lambda s: store.request_resume(s, job_id, tenant=caller.tenant))
     if answer["state"] == JobState.QUEUED:
         wake_worker(context.settings, job_id)
     return json_answer(answer)
@@ -116,7 +117,7 @@ def retry_job(
         )
         return job.id, json_bytes(job_view(session, job)), created
 
-    stored_id, answer, created = context.database.retry(retry)
+    stored_id, answer, created = context.database.acting(caller.actor).retry(retry)
     if created or stored_id == new_id:
         wake_worker(context.settings, stored_id)
     return Response(
@@ -127,5 +128,5 @@ def retry_job(
     )
 
 
-def _ask(context: Context, what: Callable[[Session], store.Job]) -> dict[str, Any]:
-    return context.database.retry(lambda session: job_view(session, what(session)))
+def _ask(context: Context, caller: Caller, what: Callable[[Session], store.Job]) -> dict[str, Any]:
+    return context.database.acting(caller.actor).retry(lambda session: job_view(session, what(session)))

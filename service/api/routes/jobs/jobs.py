@@ -62,7 +62,7 @@ async def submit_job(
     It is stored before the answer; a broker that is down delays its start and nothing else.
     """
     answer = await context.intake.take(
-        Order(caller.tenant, body, dry_run=dry_run, idempotency_key=idempotency_key)
+        Order(caller.tenant, caller.actor, body, dry_run=dry_run, idempotency_key=idempotency_key)
     )
     if answer.job_id is None:
         return Response(answer.body, media_type="application/json")
@@ -127,7 +127,7 @@ def delete_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
     def delete(session: Session) -> store.Leftovers:
         return store.delete(session, job_id, tenant=caller.tenant)
 
-    left = context.database.retry(delete)
+    left = context.database.acting(caller.actor).retry(delete)
     failed = storage(context.settings).remove_job(job_id, left.removable, keep=left.shared)
     for path, error in failed.items():
         _log.error("path_not_removed", path=path, error=str(error))

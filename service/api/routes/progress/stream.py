@@ -1,5 +1,6 @@
 """A job as it happens: states, events and steps as Server-Sent Events."""
 
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated
 
@@ -8,15 +9,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from halfstep.service.api.access import Credentials, Reader, identify
+from halfstep.service.api.access import Credentials, Reader, may_still_listen
 from halfstep.service.api.answers.openapi import declares
-from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.context import Context, ContextDep
 from halfstep.service.api.following.event_stream import EventStream
-from halfstep.service.api.following.feed import parse_token
-from halfstep.service.api.requests.parameters import Fields, JobPath, KnownQuery, Ordinal, metric_columns
+from halfstep.service.api.following.feed import JobSource, parse_token
+from halfstep.service.api.requests.parameters import (
+    Fields,
+    JobPath,
+    KnownQuery,
+    Ordinal,
+    metric_columns,
+    wrong_header,
+)
 from halfstep.service.contract.examples import STREAM
-from halfstep.service.errors import StoreUnavailable
 from halfstep.service.store.record.following import Position, Standing, standing
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
@@ -81,23 +87,11 @@ async def stream_job(
         if ended and start.state.is_terminal:
             return Response(status_code=HTTPStatus.NO_CONTENT)
 
-    async def allowed() -> bool:
-        try:
-            await identify(request, credentials)
-        except ProblemError:
-            return False
-        except StoreUnavailable:
-            return True
-        return True
-
     return EventStream(
-        context.feed,
+        JobSource(context.feed, job_id, position, columns),
         context.watcher,
-        job_id=job_id,
-        position=position,
         version=start.version,
-        fields=columns,
-        allowed=allowed,
+        allowed=partial(may_still_listen, request, credentials),
     )
 
 
@@ -107,11 +101,7 @@ def _standing(context: Context, job_id: str, tenant: str) -> Standing:
 
 
 def _wrong_id() -> RequestValidationError:
-    return RequestValidationError(
-        [
-            {
-                "loc": ("header", "last-event-id"),
-                "msg": "is no id of this job's stream; send that of its last message, or none to begin anew",
-            }
-        ]
+    return wrong_header(
+        "last-event-id",
+        "is no id of this job's stream; send that of its last message, or none to begin anew",
     )
