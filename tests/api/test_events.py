@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,10 @@ def test_who_waits_is_answered_as_soon_as_there_is_an_event(client: TestClient, 
         target=lambda: answers.append(page(client, after, wait_seconds=30, type="nan"))
     )
     waiting.start()
+    watcher = client.app.state.context.watcher  # type: ignore[attr-defined]  # FastAPI
+    while not watcher.taken:
+        assert waiting.is_alive()
+        time.sleep(0.01)
     told(database, job_id, "of another type")
     told(database, job_id, "of this one", type="nan")
     waiting.join(timeout=25)

@@ -1,7 +1,9 @@
 """The outbox: every committed event gets one place among all, none is skipped, and cursors are fenced."""
 
+from contextlib import ExitStack
+
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import event, text, update
 
 from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.errors import StaleFence
@@ -88,6 +90,26 @@ def test_an_event_that_commits_late_is_not_skipped(database: Database) -> None:
         assert early.job_id == second.id
     sequence(database)
     assert [each.job_id for each in entries(database, early.position)] == [first.id]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_event_that_commits_while_positions_are_given_waits_for_the_next_time(database: Database) -> None:
+    first, second = submitted(database), submitted(database)
+    sequence(database)
+    seen = entries(database)[-1].position
+    with ExitStack() as writer, database.begin() as s:
+        late = writer.enter_context(database.begin())
+        events.append(late, first.id, type="alert", level="info", message="drawn first, committed last")
+        tell(database, second.id, "drawn last, committed first")
+
+        @event.listens_for(s.connection(), "before_cursor_execute")
+        def commit_late(_c: object, _cursor: object, statement: str, *_: object) -> None:
+            if statement.startswith("INSERT INTO outbox"):
+                writer.close()
+
+        assert outbox.sequence(s) == 1
+    assert sequence(database) == 1
+    assert [each.job_id for each in entries(database, seen)] == [second.id, first.id]
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
