@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Table
 from sqlalchemy.orm import Session
 
 from halfstep.service.contract.actors import Actor
@@ -47,8 +48,14 @@ class NewEvent:
 
 def write_events(s: Session, new: Sequence[NewEvent]) -> None:
     """Write events, those of one job in the order of their numbers. Nothing else writes that table."""
+    for table, rows in event_kin(s, new).items():
+        insert_rows(s, table, rows)
+
+
+def event_kin(s: Session, new: Sequence[NewEvent]) -> dict[Table, list[dict[str, Any]]]:
+    """What `write_events` would write, for the statement that inserts new jobs with all that is theirs."""
     acting = actor_of(s)
-    insert_rows(s, job_events, [_row(event, event.actor or acting) for event in new])
+    return {job_events: [_row(event, event.actor or acting) for event in new]}
 
 
 def _row(event: NewEvent, actor: Actor | None) -> dict[str, Any]:

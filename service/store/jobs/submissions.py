@@ -18,7 +18,7 @@ from halfstep.service.contract.precision import PrecisionLevel
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
 from halfstep.service.errors import InvalidRequest
-from halfstep.service.store.event_rows import NewEvent, write_events
+from halfstep.service.store.event_rows import NewEvent, event_kin
 from halfstep.service.store.fleet.workers import Requirements
 from halfstep.service.store.job_rows import (
     Job,
@@ -239,8 +239,7 @@ def _insert(s: Session, wanted: Sequence[NewJob], now: float) -> dict[str, tuple
         events += _warnings(new, now, actor)
         transitions = (Transition(job.state, now, entered["reason"]),)
         new_ones[job.id] = job, Beginning(transitions, stats_of(job, summary))
-    inserted = insert_families(s, jobs, job_rows, rows, of="job_id")
-    write_events(s, [event for event in events if event.job_id in inserted])
+    inserted = insert_families(s, jobs, job_rows, rows | event_kin(s, events), of="job_id")
     return {job_id: new_one for job_id, new_one in new_ones.items() if job_id in inserted}
 
 
