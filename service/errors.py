@@ -4,6 +4,7 @@ HalfstepError
 ├── InvalidRequest        the caller's document is wrong: 422, with pointers
 ├── NotFound              absent, or another tenant's: 404
 ├── Conflict              the object's state forbids it: 409
+├── NewerRecord           stored by a later version: 501, upgrade this one
 ├── StaleFence            a newer attempt owns the job: stop at once, write nothing
 ├── ConfigurationError    settings that cannot work together: refused at start
 └── StoreUnavailable      the database did not answer in time: 503 with Retry-After
@@ -56,6 +57,12 @@ class Conflict(HalfstepError):
         super().__init__(detail)
         if code is not None:
             self.code = code
+
+
+class NewerRecord(HalfstepError):
+    """Something stored is of a later version than this program can read; it is left as it is."""
+
+    code = "record_newer"
 
 
 class StaleFence(HalfstepError):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from halfstep.service.contract import columns
 from halfstep.service.contract.actors import ActorKind
 from halfstep.service.contract.examples import (
     CHECKPOINT,
@@ -45,6 +46,11 @@ class _Answer(BaseModel):
 
 def _with(example: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+def _by_column(schema: dict[str, Any]) -> None:
+    """Say of each column of the record what it is, whatever the table has at the time."""
+    schema["properties"] = {column.name: column.schema for column in columns.RECORD.columns}
 
 
 class WrongPlace(_Answer):
@@ -224,7 +230,9 @@ class MetricsPage(BaseModel):
     attempt: int = Field(ge=1)
     count: int = Field(ge=0, description="Rows in each column.")
     columns: dict[str, list[float | bool | str | None]] = Field(
-        description="Of equal length. Non-finite numbers are spelled out; null: not measured."
+        description="Of equal length. Non-finite numbers are spelled out; null: not measured, or stored by a "
+        "version that had no such column.",
+        json_schema_extra=_by_column,
     )
     next_after_step: int = Field(description="For the next `after_step=`.")
     last_step: int = Field(ge=0, description="The newest step of the record; 0 when there is none.")

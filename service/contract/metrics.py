@@ -1,23 +1,34 @@
-"""The step record: its columns, their order and types, shared by the worker, the store and the API.
+"""What a worker tells of a run: a row for every optimizer step, live figures, evaluations.
 
-One record for every optimizer step. Flags and scale are that step's own, never cumulative.
+Flags and scale of a row are that step's own, never cumulative. What each column means and how it is stored
+and folded is in `columns`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
-COMPUTE_DTYPES: tuple[ComputeDtype, ...] = ("float32", "float16", "bfloat16")
+from halfstep.service.contract import columns
+from halfstep.service.contract.columns import COMPUTE_DTYPES, ComputeDtype
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "FLAG_COLUMNS",
+    "METRIC_COLUMNS",
+    "ComputeDtype",
+    "Evaluation",
+    "LiveStats",
+    "StepMetrics",
+]
 
 
 class StepMetrics(NamedTuple):
     """One optimizer step, skipped or applied; non-finite values are kept as what they are."""
 
-    step: int  # optimizer steps attempted, from 1
-    epoch: int  # from 1
-    loss: float  # mean over the step's micro-batches, unscaled
-    scale: float  # the loss scale used in this step; 1.0 where nothing is scaled
+    step: int
+    epoch: int
+    loss: float
+    scale: float
     overflow: bool
     nan: bool
     underflow: bool
@@ -25,9 +36,9 @@ class StepMetrics(NamedTuple):
     has_inf: bool
     has_nan: bool
     underflow_estimate: float
-    grad_norm: float  # unscaled, before clipping, over all parameters
-    learning_rate: float  # of the first parameter group, as used in this step
-    memory_usage: float  # share of the device's (or host's) memory, 0..1
+    grad_norm: float
+    learning_rate: float
+    memory_usage: float
     memory_allocated_bytes: int
     memory_reserved_bytes: int
     step_time_ms: float
@@ -35,7 +46,9 @@ class StepMetrics(NamedTuple):
 
 
 METRIC_COLUMNS: tuple[str, ...] = StepMetrics._fields
-FLAG_COLUMNS: tuple[str, ...] = ("overflow", "nan", "underflow", "skipped", "has_inf", "has_nan")
+FLAG_COLUMNS: tuple[str, ...] = columns.RECORD.of_type("flag")
+if columns.RECORD.names != METRIC_COLUMNS:
+    raise ImportError(f"a row has {METRIC_COLUMNS} where the table of columns has {columns.RECORD.names}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
+from halfstep.service.api.app import create_app
+from halfstep.service.contract import columns
+from halfstep.service.contract.columns import Column
 from halfstep.service.contract.metrics import FLAG_COLUMNS
+from halfstep.service.settings import Settings
 from halfstep.service.store import record
 from halfstep.service.store.sql.database import Database
+from halfstep.service.store.tables import metric_chunks
 from tests.store.test_plots import brute_force
 
 from .conftest import LIVE, Trainer, step_row
@@ -221,3 +227,40 @@ def test_a_wrong_parameter_is_refused_by_name(
 def test_the_record_of_no_job_is_not_found(client: TestClient) -> None:
     for job_id in ("01a208d5-00a9-7fe4-b553-af1ba85f6db3", "nonsense"):
         assert client.get(f"/jobs/{job_id}/metrics").status_code == 404
+
+
+def test_an_added_column_is_in_every_format_and_in_the_document(
+    client: TestClient,
+    running: tuple[str, int],
+    trainer: Trainer,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_id, fence = running
+    trainer.steps(job_id, fence, 1, 2)
+    added = Column("entropy", "number", "Entropy of the output", unit="nats")
+    monkeypatch.setattr(columns, "RECORD", columns.RECORD.plus([added]))
+    path = f"/jobs/{job_id}/metrics"
+    assert client.get(path).json()["columns"]["entropy"] == [None, None]
+    asked = f"{path}?fields=entropy"
+    assert client.get(asked, headers={"accept": "text/csv"}).text == "step,entropy\r\n1,\r\n2,\r\n"
+    lines = client.get(asked, headers={"accept": "application/x-ndjson"}).text.splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": n, "entropy": None} for n in (1, 2)]
+    schemas = create_app(settings).openapi()["components"]["schemas"]
+    described = schemas["MetricsPage"]["properties"]["columns"]
+    assert list(described["properties"]) == [*COLUMNS, "entropy"]
+    assert described["properties"]["entropy"]["description"] == "Entropy of the output, in nats."
+
+
+def test_steps_of_a_later_version_are_refused_with_the_remedy(
+    client: TestClient, running: tuple[str, int], trainer: Trainer, database: Database
+) -> None:
+    job_id, fence = running
+    trainer.steps(job_id, fence, 1, 3)
+    with database.begin() as session:
+        session.execute(update(metric_chunks).values(payload=b"\x04\x03\x00\x00\x00"))
+    answer = client.get(f"/jobs/{job_id}/metrics")
+    assert (answer.status_code, answer.json()["code"]) == (501, "record_newer")
+    assert "version 4" in answer.json()["detail"]
+    assert "upgrade" in answer.json()["detail"]
+    assert client.get(f"/jobs/{job_id}/stats").json()["current_step"] == 3

@@ -7,17 +7,20 @@ from typing import Any
 import pytest
 
 from halfstep.service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS
-from halfstep.service.store.record import chunks, packing
+from halfstep.service.errors import NewerRecord
+from halfstep.service.store import packing
+from halfstep.service.store.record import chunks
 from tests.store.making import steps
 
 ODD_NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8_0000_0000_0001))[0]
 
 
 def back(kind: packing.Kind, column: list[Any]) -> list[Any]:
-    count, columns = packing.unpack(packing.pack(len(column), [(kind, column)]), [True])
-    assert count == len(column)
-    assert columns[0] is not None
-    return columns[0]
+    count, columns = packing.unpack(packing.pack(len(column), [(kind, column)]), ["it"])
+    named, same = packing.unpack(packing.pack_named(len(column), {"it": (kind, column)}), [])
+    assert count == named == len(column)
+    assert bytes(str(columns), "ascii") == bytes(str(same), "ascii")
+    return columns["it"]
 
 
 def bits(column: list[float]) -> bytes:
@@ -61,7 +64,7 @@ def test_flags_come_back_as_booleans(column: list[bool]) -> None:
         row._replace(**dict.fromkeys(FLAG_COLUMNS, flag))
         for row, flag in zip(steps(5, 6), column, strict=True)
     ]
-    payload = chunks.encode(list(zip(*rows, strict=True)))
+    payload = chunks.encode(dict(zip(METRIC_COLUMNS, zip(*rows, strict=True), strict=True)))
     found = chunks.decode(payload, 5, METRIC_COLUMNS)
     for name in FLAG_COLUMNS:
         assert [(type(value), value) for value in found[name]] == [(bool, value) for value in column]
@@ -70,8 +73,8 @@ def test_flags_come_back_as_booleans(column: list[bool]) -> None:
 
 def test_bytes_of_a_later_version_are_refused_and_say_so() -> None:
     payload = packing.pack(2, [("float", [1.0, 2.0])])
-    with pytest.raises(ValueError, match=r"version 3; this program reads up to version 2"):
-        packing.unpack(b"\x03" + payload[1:], [True])
+    with pytest.raises(NewerRecord, match=r"version 4, and this program reads up to version 3; upgrade"):
+        packing.unpack(b"\x04" + payload[1:], ["it"])
 
 
 def test_damage_is_never_read_as_numbers() -> None:
@@ -83,4 +86,4 @@ def test_damage_is_never_read_as_numbers() -> None:
     damaged.append(b"\x01" + struct.pack("<I", 1) + b"k\x00")  # of the first version, and too short
     for each in damaged:
         with pytest.raises(ValueError, match="damaged"):
-            packing.unpack(each, [True])
+            packing.unpack(each, ["it"])

@@ -194,9 +194,7 @@ def test_a_plot_reads_as_much_of_a_long_record_as_of_a_short_one(
     decoded: list[int] = []
     for module in (chunks, rollups):
         original = module.unpack
-        monkeypatch.setattr(
-            module, "unpack", lambda payload, wanted, f=original: decoded.append(1) or f(payload, wanted)
-        )
+        monkeypatch.setattr(module, "unpack", lambda *given, f=original: decoded.append(1) or f(*given))
     with small_grid():
         job = running(database)
         read = []
@@ -219,9 +217,7 @@ def test_a_plot_that_begins_inside_a_row_of_entries_reads_that_row(
     decoded: list[int] = []
     for module in (chunks, rollups):
         original = module.unpack
-        monkeypatch.setattr(
-            module, "unpack", lambda payload, wanted, f=original: decoded.append(1) or f(payload, wanted)
-        )
+        monkeypatch.setattr(module, "unpack", lambda *given, f=original: decoded.append(1) or f(*given))
     with small_grid():
         monkeypatch.setattr(rollups, "ENTRIES", 32)
         job = running(database)

@@ -28,6 +28,7 @@ from halfstep.service.errors import (
     FieldProblem,
     HalfstepError,
     InvalidRequest,
+    NewerRecord,
     NotFound,
     StoreUnavailable,
 )
@@ -116,6 +117,7 @@ _STATUSES: tuple[tuple[type[HalfstepError], HTTPStatus], ...] = (
     (InvalidRequest, HTTPStatus.UNPROCESSABLE_ENTITY),
     (NotFound, HTTPStatus.NOT_FOUND),
     (Conflict, HTTPStatus.CONFLICT),
+    (NewerRecord, HTTPStatus.NOT_IMPLEMENTED),
     (StoreUnavailable, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 

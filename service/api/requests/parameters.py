@@ -6,7 +6,7 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 
 from halfstep.service.api.requests.pointers import suggestion
-from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.contract import columns as table
 
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]
@@ -59,13 +59,14 @@ def metric_columns(fields: str | None) -> list[str] | None:
     """
     if fields is None:
         return None
+    known = table.RECORD.names
     named = [name.strip() for name in fields.split(",") if name.strip()]
     for name in named:
-        if name not in METRIC_COLUMNS:
-            raise wrong_query("fields", f"names no column; {suggestion(name, METRIC_COLUMNS)}")
+        if name not in known:
+            raise wrong_query("fields", f"names no column; {suggestion(name, known)}")
     if not named:
-        raise wrong_query("fields", f"names no column; known: {', '.join(METRIC_COLUMNS)}")
-    return [name for name in METRIC_COLUMNS if name == "step" or name in named]
+        raise wrong_query("fields", f"names no column; known: {', '.join(known)}")
+    return [name for name in known if name == "step" or name in named]
 
 
 def wrong_header(name: str, detail: str) -> RequestValidationError:

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from halfstep.service.errors import NewerRecord
 from halfstep.service.store.record import rollups
 from halfstep.service.store.record.reading import MetricPage, known_names, newest_step, parts
 from halfstep.service.store.record.rollups import entry_steps, row_steps, series_of
@@ -48,6 +49,7 @@ def downsample(
     Raises:
         NotFound: there is no such job.
         InvalidRequest: an unknown field.
+        NewerRecord: steps of the range were stored by a later version.
     """
     names = known_names(fields)
     newest = newest_step(s, job_id)
@@ -124,7 +126,10 @@ def _rows(
         low = max(0, math.ceil((begin - first) / width))
         high = min(rollups.ENTRIES, (end + 1 - first) // width)
         if low < high:
-            series = rollups.decode(payload, names)
+            try:
+                series = rollups.decode(payload, names)
+            except NewerRecord:  # the levels below, and the steps, may be readable
+                continue
             yield _Stretch(
                 first + low * width,
                 width,

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.metrics import METRIC_COLUMNS
-from halfstep.service.errors import FieldProblem, InvalidRequest
+from halfstep.service.contract import columns as table
+from halfstep.service.errors import FieldProblem, InvalidRequest, NewerRecord
 from halfstep.service.store.job_rows import absent, known_shape
 from halfstep.service.store.record import chunks
 from halfstep.service.store.tables import job_stats, metric_chunks
@@ -43,18 +43,25 @@ def read(
 ) -> MetricPage:
     """The steps in `after_step` < step, `from_step` ≤ step ≤ `to_step`, in order, at most `limit`.
 
+    A page ends before steps that were stored by a later version.
+
     Raises:
         NotFound: there is no such job.
         InvalidRequest: an unknown field.
+        NewerRecord: the page would begin with such steps.
     """
     names = known_names(fields)
     newest = newest_step(s, job_id)
     begin = max(1, (after_step or 0) + 1, from_step or 1)
     end = min(begin + limit - 1, newest if to_step is None else min(to_step, newest))
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    for part in parts(s, job_id, begin, end, names):
-        for name in names:
-            columns[name] += part[name]
+    try:
+        for part in parts(s, job_id, begin, end, names):
+            for name in names:
+                columns[name] += part[name]
+    except NewerRecord:
+        if not columns["step"]:
+            raise
     steps = columns["step"]
     return MetricPage(columns, len(steps), newest, steps[-1] if steps else begin - 1)
 
@@ -66,12 +73,12 @@ def known_names(fields: Sequence[str] | None) -> tuple[str, ...]:
         InvalidRequest: an unknown field.
     """
     if fields is None:
-        return METRIC_COLUMNS
-    unknown = [name for name in fields if name not in METRIC_COLUMNS]
+        return table.RECORD.names
+    unknown = [name for name in fields if name not in table.RECORD.by_name]
     if unknown:
-        detail = f"there is no metric {unknown[0]!r}; choose from {', '.join(METRIC_COLUMNS)}"
+        detail = f"there is no metric {unknown[0]!r}; choose from {', '.join(table.RECORD.names)}"
         raise InvalidRequest(detail, [FieldProblem("/fields", detail)])
-    return tuple(name for name in METRIC_COLUMNS if name == "step" or name in fields)
+    return tuple(name for name in table.RECORD.names if name == "step" or name in fields)
 
 
 def newest_step(s: Session, job_id: str) -> int:
@@ -89,7 +96,11 @@ def newest_step(s: Session, job_id: str) -> int:
 def parts(
     s: Session, job_id: str, begin: int, end: int, names: Sequence[str]
 ) -> Iterator[dict[str, list[Any]]]:
-    """The columns of begin..end, chunk by chunk."""
+    """The columns of begin..end, chunk by chunk.
+
+    Raises:
+        NewerRecord: what comes next was stored by a later version; says which steps.
+    """
     if end < begin:
         return
     # Only the primary key is searched: the chunk that holds `begin` is the last that begins at or before it.
@@ -98,7 +109,7 @@ def parts(
         .where(metric_chunks.c.job_id == job_id, metric_chunks.c.first_step <= begin)
         .scalar_subquery()
     )
-    rows = s.execute(
+    found = s.execute(
         select(metric_chunks.c.first_step, metric_chunks.c.last_step, metric_chunks.c.payload)
         .where(
             metric_chunks.c.job_id == job_id,
@@ -108,8 +119,15 @@ def parts(
         .order_by(metric_chunks.c.first_step)
         .execution_options(yield_per=64)
     )
-    for row in rows:
-        part = chunks.decode(row.payload, row.first_step, names)
-        low = max(0, begin - row.first_step)
-        high = min(row.last_step, end) - row.first_step + 1
-        yield {name: part[name][low:high] for name in names}
+    with found as rows:  # closed where a row cannot be read, and the rest is not asked for
+        for row in rows:
+            try:
+                part = chunks.decode(row.payload, row.first_step, names)
+            except NewerRecord as error:
+                raise NewerRecord(
+                    f"steps {row.first_step} to {row.last_step} of the record cannot be read here: {error}. "
+                    f"Nothing is lost, and what follows is read with from_step={row.last_step + 1}"
+                ) from error
+            low = max(0, begin - row.first_step)
+            high = min(row.last_step, end) - row.first_step + 1
+            yield {name: part[name][low:high] for name in names}

@@ -1,16 +1,17 @@
 """What a plot needs of many steps: entries with first, last, least and greatest of each column, and counts.
 
 Pure functions, no SQL. Level 1 has an entry for 32 steps, each higher level one for 4 of the level below. A
-row holds ENTRIES entries of one level and exists only once its steps are complete, so it never changes.
+row holds ENTRIES entries of one level and exists only once its steps are complete, so it never changes. What
+an entry keeps of a column, and how entries become one, is in the table of columns.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from halfstep.service.contract.metrics import COMPUTE_DTYPES, METRIC_COLUMNS
-from halfstep.service.store.record.chunks import DTYPE_CODES, FLAGS, INTEGERS
-from halfstep.service.store.record.packing import Kind, pack, unpack
+from halfstep.service.contract import columns as table
+from halfstep.service.store.packing import Kind, pack, pack_named, unpack
+from halfstep.service.store.record import chunks
 
 ENTRIES = 64
 FAN = 4
@@ -29,21 +30,14 @@ def row_steps(level: int) -> int:
     return ENTRIES * entry_steps(level)
 
 
-def series_of(name: str) -> tuple[str, ...]:
+def series_of(name: str) -> Iterable[str]:
     """The series that an entry keeps of a column; the one of its own name is the last value, or the count."""
-    if name in FLAGS:
-        return (name,)
-    if name == "compute_dtype":
-        return (name, f"{name}_first")
-    return (name, f"{name}_first", f"{name}_min", f"{name}_max")
+    return table.RECORD.by_name[name].folds
 
 
-_COLUMNS = METRIC_COLUMNS[1:]
-_STORED: tuple[tuple[str, str, Kind], ...] = tuple(
-    (name, each, "integer" if name in INTEGERS or name in FLAGS or name == "compute_dtype" else "float")
-    for name in _COLUMNS
-    for each in series_of(name)
-)
+# The series of payloads that do not name theirs, by place. It never changes: no fold of these columns does.
+LAYOUT = tuple(each for name in chunks.LAYOUT for each in series_of(name))
+_LAYOUT_KEYS = frozenset(LAYOUT)
 
 
 def as_entries(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
@@ -52,17 +46,20 @@ def as_entries(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]
 
 
 def fold(entries: Mapping[str, Sequence[Any]], bounds: Sequence[tuple[int, int]]) -> Series:
-    """One entry for each `(begin, end)` of the entries, which are in order of their steps."""
+    """One entry for each `(begin, end)` of the entries, which are in order of their steps.
+
+    Null where there is nothing but nulls to count or compare, and where the first or last step has one.
+    """
     folded: Series = {}
     for name, values in entries.items():
-        if name in FLAGS:
-            counted = any(values)
-            folded[name] = [sum(values[i:j]) for i, j in bounds] if counted else [0] * len(bounds)
-        elif name.endswith("_first"):
+        how = table.RECORD.folds[name]
+        if how == "count":
+            folded[name] = _counts(values, bounds)
+        elif how == "first":
             folded[name] = [values[i] for i, _ in bounds]
-        elif name.endswith("_min"):
+        elif how == "min":
             folded[name] = _extremes(min, values, bounds)
-        elif name.endswith("_max"):
+        elif how == "max":
             folded[name] = _extremes(max, values, bounds)
         else:
             folded[name] = [values[j - 1] for _, j in bounds]
@@ -76,35 +73,64 @@ def every(count: int, size: int) -> list[tuple[int, int]]:
 
 def encode(entries: Mapping[str, Sequence[Any]]) -> bytes:
     """The payload of a row of entries, with every series of every column."""
-    return pack(len(entries["epoch"]), _packed(entries))
+    count = len(entries["epoch"])
+    if entries.keys() == _LAYOUT_KEYS:
+        try:
+            return pack(count, [_coded(each, entries[each]) for each in LAYOUT])
+        except TypeError:  # a null among the values
+            pass
+    there = {each: values for each, values in entries.items() if not all(value is None for value in values)}
+    if len(there) < len(entries):
+        return encode(there)
+    return pack_named(count, {each: _coded(each, values) for each, values in there.items()})
 
 
-def decode(payload: bytes, names: Sequence[str]) -> Series:
-    """The series of the named columns.
+def decode(payload: bytes, names: Iterable[str]) -> Series:
+    """The series of the named columns; null where the payload has none of such a column.
 
     Raises:
-        ValueError: written by a newer version, or damaged.
+        NewerRecord: written by a later version.
+        ValueError: damaged.
     """
-    wanted = set(names)
-    _, columns = unpack(payload, [name in wanted for name, _, _ in _STORED])
-    found = {}
-    for (name, each, _), values in zip(_STORED, columns, strict=True):
-        if values is not None:
-            found[each] = [COMPUTE_DTYPES[code] for code in values] if name == "compute_dtype" else values
-    return found
+    wanted = {each: name for name in names if name != "step" for each in series_of(name)}
+    count, found = unpack(payload, LAYOUT, wanted)
+    return {
+        each: _values(name, found[each]) if each in found else [None] * count for each, name in wanted.items()
+    }
 
 
-def _packed(entries: Mapping[str, Sequence[Any]]) -> Iterator[tuple[Kind, Sequence[Any]]]:
-    for name, each, kind in _STORED:
-        values = entries[each]
-        yield kind, [DTYPE_CODES[value] for value in values] if name == "compute_dtype" else values
+def _values(name: str, numbers: list[Any]) -> list[Any]:
+    return chunks.values(name, numbers) if table.RECORD.by_name[name].type == "choice" else numbers
 
 
-def _extremes(extreme: Any, values: Sequence[float], bounds: Sequence[tuple[int, int]]) -> list[float]:
+def _coded(each: str, values: Sequence[Any]) -> tuple[Kind, Sequence[Any]]:
+    column = table.RECORD.of_series[each]
+    if column.type == "choice":
+        return "integer", chunks.codes(column, values)
+    return "float" if column.type == "number" else "integer", values
+
+
+def _counts(values: Sequence[Any], bounds: Sequence[tuple[int, int]]) -> list[Any]:
+    try:
+        if not sum(values):
+            return [0] * len(bounds)
+        return [sum(values[i:j]) for i, j in bounds]
+    except TypeError:  # nulls
+        parts = [[value for value in values[i:j] if value is not None] for i, j in bounds]
+        return [sum(part) if part else None for part in parts]
+
+
+def _extremes(extreme: Any, values: Sequence[Any], bounds: Sequence[tuple[int, int]]) -> list[Any]:
     # A sum is NaN where a value is (or where infinities of both signs are): the usual column has neither.
-    if not math.isnan(sum(values)):
-        return [extreme(values[i:j]) for i, j in bounds]
-    return [
-        extreme([value for value in values[i:j] if value == value] or values[i:j])  # noqa: PLR0124  # NaN alone differs from itself
-        for i, j in bounds
-    ]
+    try:
+        if not math.isnan(sum(values)):
+            return [extreme(values[i:j]) for i, j in bounds]
+    except TypeError:  # nulls
+        parts = [[value for value in values[i:j] if value is not None] for i, j in bounds]
+        return [extreme(_numbers(part)) if part else None for part in parts]
+    return [extreme(_numbers(values[i:j])) for i, j in bounds]
+
+
+def _numbers(values: Sequence[float]) -> Sequence[float]:
+    """Those that are not NaN, or all where there are no others."""
+    return [value for value in values if value == value] or values  # noqa: PLR0124  # NaN alone differs from itself

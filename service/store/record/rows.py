@@ -1,7 +1,7 @@
 """The rows that hold steps: columnar chunks, and roll-ups of them for plots; added, cut back and copied.
 
 The chunks together are exactly the steps 1..current_step. Whoever calls has the job's row locked; fences and
-the summary are in `metrics`.
+the summary are in `writing`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from sqlalchemy import bindparam, delete, insert, literal, select, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.metrics import METRIC_COLUMNS
+from halfstep.service.contract import columns as columns_table
+from halfstep.service.errors import NewerRecord
 from halfstep.service.store.job_rows import AnyRow
 from halfstep.service.store.record import chunks, rollups
 from halfstep.service.store.record.chunks import CHUNK_STEPS
@@ -66,10 +67,14 @@ def _add_chunks(s: Session, job_id: str, columns: Columns, totals: Totals) -> To
         totals = totals.after(part)
         tail = _newest_chunk(s, job_id) if (begin - 1) % CHUNK_STEPS else None
         if tail is not None and (tail.first_step - 1) // CHUNK_STEPS == (begin - 1) // CHUNK_STEPS:
-            before = chunks.decode(tail.payload, tail.first_step, METRIC_COLUMNS)
-            _replace(s, job_id, [[*before[name], *part[name]] for name in METRIC_COLUMNS], totals)
-            continue
-        payload = chunks.encode(list(part.values()))
+            try:
+                before = chunks.decode_all(tail.payload, tail.first_step)
+            except NewerRecord:  # it stays as it is, and a chunk of its own goes on from it
+                pass
+            else:
+                _replace(s, job_id, chunks.joined(before, part), totals)
+                continue
+        payload = chunks.encode(part)
         added.append(
             {
                 "job_id": job_id,
@@ -92,6 +97,7 @@ def _cuts(first: int, last: int, grid: int) -> list[int]:
 def _roll_up(s: Session, job_id: str, columns: Columns) -> None:
     """Add the roll-ups of every row of entries that these steps, stored already, complete."""
     first, last = columns["step"][0], columns["step"][-1]
+    names = tuple(columns)
     span = rollups.row_steps(1)
     made: dict[tuple[int, int], rollups.Series] = {}
     for end in range((first - 1) // span * span + span, last + 1, span):
@@ -100,7 +106,10 @@ def _roll_up(s: Session, job_id: str, columns: Columns) -> None:
             name: column[max(0, begin - first) : end - first + 1] for name, column in columns.items()
         }
         if begin < first:
-            stored = list(parts(s, job_id, begin, first - 1, METRIC_COLUMNS))
+            try:
+                stored = list(parts(s, job_id, begin, first - 1, names))
+            except NewerRecord:  # left out: plots are made of the steps there
+                continue
             steps = {
                 name: [*chain.from_iterable(part[name] for part in stored), *column]
                 for name, column in steps.items()
@@ -137,20 +146,23 @@ def _row_of_entries(
 ) -> rollups.Series | None:
     """The entries of `level` that make one row of the level above, which ends at `end`.
 
-    None where some were never written: the record is older than roll-ups are.
+    None where some were never written, or by a later version: plots are made of what is below then.
     """
     span = rollups.row_steps(level)
     begins = range(end - rollups.FAN * span + 1, end, span)
-    stored = {
-        row.first_step: rollups.decode(row.payload, METRIC_COLUMNS)
-        for row in s.execute(
-            select(metric_rollups.c.first_step, metric_rollups.c.payload).where(
-                metric_rollups.c.job_id == job_id,
-                metric_rollups.c.level == level,
-                metric_rollups.c.first_step.in_([begin for begin in begins if (level, begin) not in made]),
-            )
+    found_rows = s.execute(
+        select(metric_rollups.c.first_step, metric_rollups.c.payload).where(
+            metric_rollups.c.job_id == job_id,
+            metric_rollups.c.level == level,
+            metric_rollups.c.first_step.in_([begin for begin in begins if (level, begin) not in made]),
         )
-    }
+    )
+    try:
+        stored = {
+            row.first_step: rollups.decode(row.payload, columns_table.RECORD.names) for row in found_rows
+        }
+    except NewerRecord:
+        return None
     rows = [made.get((level, begin)) or stored.get(begin) for begin in begins]
     found = [row for row in rows if row is not None]
     if len(found) < len(rows):
@@ -164,9 +176,11 @@ def _newest_chunk(s: Session, job_id: str) -> AnyRow | None:
 
 def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, dict[str, list[Any]]]:
     """End the newest chunk at `step`; returns the totals there and the columns that are left of it."""
-    columns = chunks.decode(newest.payload, newest.first_step, METRIC_COLUMNS)
     if newest.last_step <= step:
-        return Totals.unpack(newest.totals), columns
+        return Totals.unpack(newest.totals), chunks.decode(
+            newest.payload, newest.first_step, columns_table.RECORD.names
+        )
+    columns = chunks.decode_all(newest.payload, newest.first_step)
     kept = {name: values[: step - newest.first_step + 1] for name, values in columns.items()}
     before = s.scalar(
         select(metric_chunks.c.totals)
@@ -177,13 +191,14 @@ def _cut(s: Session, job_id: str, newest: AnyRow, step: int) -> tuple[Totals, di
     totals = (Totals() if before is None else Totals.unpack(before)).after(
         {name: kept[name] for name in NEEDED}
     )
-    _replace(s, job_id, list(kept.values()), totals)
+    _replace(s, job_id, kept, totals)
     return totals, kept
 
 
-def _replace(s: Session, job_id: str, columns: list[list[Any]], totals: Totals) -> None:
-    changed = {"last_step": columns[0][-1], "totals": totals.pack(), "payload": chunks.encode(columns)}
-    s.execute(_REPLACED, {**changed, "of_job": job_id, "begin": columns[0][0]})
+def _replace(s: Session, job_id: str, columns: Columns, totals: Totals) -> None:
+    steps = columns["step"]
+    changed = {"last_step": steps[-1], "totals": totals.pack(), "payload": chunks.encode(columns)}
+    s.execute(_REPLACED, {**changed, "of_job": job_id, "begin": steps[0]})
 
 
 # The statements of every batch are composed once: that costs more than running them on SQLite does.

@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.metrics import METRIC_COLUMNS, Evaluation, LiveStats, StepMetrics
+from halfstep.service.contract import columns as table
+from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.errors import Conflict
 from halfstep.service.store import events
 from halfstep.service.store.job_rows import AnyRow, lock_fenced, stale
@@ -19,18 +20,6 @@ from halfstep.service.store.record import rows as record_rows
 from halfstep.service.store.record.totals import Totals
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_stats
-
-_NEWEST = (
-    "loss",
-    "underflow_estimate",
-    "grad_norm",
-    "learning_rate",
-    "memory_usage",
-    "memory_allocated_bytes",
-    "memory_reserved_bytes",
-    "compute_dtype",
-)
-
 
 # Of the summary, what no job inherits: its identity, and how far its own events and batches are.
 _OWN = frozenset(
@@ -59,7 +48,9 @@ def append(s: Session, job_id: str, fence: int, rows: Sequence[StepMetrics], liv
     """
     if not rows:
         raise ValueError("append needs at least one step")
-    columns = dict(zip(METRIC_COLUMNS, zip(*rows, strict=True), strict=True))
+    given = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
+    lacking = (None,) * len(rows)
+    columns = {name: given.get(name, lacking) for name in table.RECORD.names}
     first, last = rows[0].step, rows[-1].step
     if columns["step"] != tuple(range(first, first + len(rows))):
         raise Conflict(f"the batch {first}..{last} has a gap or is out of order", code="steps_not_contiguous")
@@ -177,7 +168,7 @@ def _cut_back(s: Session, job_id: str, step: int) -> tuple[int, dict[str, Any]]:
     if seen <= step:
         return seen, {}
     values: dict[str, Any] = dict.fromkeys(
-        (*_NEWEST, "current_scale", "steps_per_second", "samples_per_second", "last_step_at")
+        (*_newest(), "current_scale", "steps_per_second", "samples_per_second", "last_step_at")
     )
     totals, columns = record_rows.cut_back(s, job_id, step)
     if columns is not None:
@@ -214,7 +205,11 @@ def _totals(row: AnyRow) -> Totals:
 
 
 def _summary(totals: Totals, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    return totals._asdict() | {name: columns[name][-1] for name in _NEWEST}
+    return totals._asdict() | {name: columns[name][-1] for name in _newest()}
+
+
+def _newest() -> list[str]:
+    return [column.name for column in table.RECORD.columns if column.in_summary]
 
 
 def _update(
