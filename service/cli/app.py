@@ -10,9 +10,8 @@ from typing import NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
-from halfstep.service.cli.render import problem
+from halfstep.service.cli.render import Terminal, problem
 from halfstep.service.client.http import ServerRefused
 from halfstep.service.errors import HalfstepError
 
@@ -49,7 +48,7 @@ def command_tree(first: str | None = None) -> typer.Typer:
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
-    errors = Console(stderr=True, highlight=False)
+    errors = Terminal(stderr=True)
     try:
         command_tree(sys.argv[1] if len(sys.argv) > 1 else None)()
     except ServerRefused as error:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from halfstep.service.cli.render import checkpoints_table, print_wide
+from halfstep.service.cli.render import Terminal, checkpoints_table, print_wide
 from halfstep.service.client.downloads import fetch
 from halfstep.service.client.http import Api
 from halfstep.service.errors import NotFound
@@ -109,7 +108,7 @@ def download(
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
-            console=Console(stderr=True),
+            console=Terminal(stderr=True),
             transient=True,
         )
         with bar:
@@ -133,5 +132,5 @@ def _show(job: dict[str, Any], *, as_json: bool) -> None:
         _console().print(f"{job['id']} {job['state']}", soft_wrap=True)
 
 
-def _console() -> Console:
-    return Console(highlight=False)
+def _console() -> Terminal:
+    return Terminal()

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from halfstep.service.cli.live import view_for
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from halfstep.service.cli.render import event_line, jobs_table, print_wide, stats_table
+from halfstep.service.cli.render import Terminal, event_line, jobs_table, print_wide, stats_table
 from halfstep.service.cli.specfile import read_spec
 from halfstep.service.client.http import Api
 from halfstep.service.client.watching import all_events, follow
@@ -78,9 +78,7 @@ def submit(
             print(json.dumps(job))
         else:
             print(job["id"])
-            Console(stderr=True, highlight=False).print(
-                f"halfstep watch {job['id']}", style="dim", soft_wrap=True
-            )
+            Terminal(stderr=True).print(f"halfstep watch {job['id']}", style="dim", soft_wrap=True)
 
 
 def jobs(
@@ -133,7 +131,7 @@ def events(
     as_json: AsJson = False,
 ) -> None:
     """Show what happened to all jobs, in order, and who did it."""
-    console, errors = _console(), Console(stderr=True, highlight=False)
+    console, errors = _console(), Terminal(stderr=True)
 
     def away(why: str) -> None:
         errors.print(f"waiting: {why}", style="yellow", soft_wrap=True, markup=False)
@@ -149,8 +147,8 @@ def events(
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _console() -> Console:
-    return Console(highlight=False)
+def _console() -> Terminal:
+    return Terminal()
 
 
 def _dry_run(api: Api, spec: dict[str, Any], console: Console, *, as_json: bool) -> None:

@@ -9,11 +9,10 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from halfstep.service.cli.render import print_wide
+from halfstep.service.cli.render import Terminal, print_wide
 from halfstep.service.errors import ConfigurationError, NotFound
 from halfstep.service.settings import Settings
 from halfstep.service.store.sql.database import Database, connect
@@ -61,7 +60,7 @@ def create(
         print(json.dumps({**_document(key), "secret": secret}))
         return
     # The secret alone on standard output, so that it can go straight into a file or a variable.
-    Console(stderr=True, highlight=False).print(
+    Terminal(stderr=True).print(
         f"key {key.id} for tenant {key.tenant}, scopes {', '.join(key.scopes)}. "
         "Keep the secret; it is not shown again:",
         soft_wrap=True, markup=False,
@@ -80,7 +79,7 @@ def list_(
     if as_json:
         print(json.dumps({"items": [_document(key) for key in keys]}))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     if not keys:
         console.print("no keys: the API serves this machine only", style="dim")
         return

@@ -6,7 +6,6 @@ Parts are started by module name, so that the worker's libraries stay out of thi
 import asyncio
 import errno
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -119,9 +118,9 @@ def restored() -> None:
 def openapi() -> None:
     """Print the API's OpenAPI document."""
     # Only this command needs FastAPI in the process; the API itself is a process of its own.
-    from halfstep.service.api import create_app  # noqa: PLC0415 - only this command needs it
+    from halfstep.service.api.export import render  # noqa: PLC0415 - only this command needs it
 
-    print(json.dumps(create_app(Settings()).openapi(), indent=2))
+    sys.stdout.write(render())
 
 
 def _migrate(settings: Settings) -> None:

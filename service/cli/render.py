@@ -1,21 +1,54 @@
 """How things look in the terminal: numbers, tables, the server's problems. No HTTP here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from halfstep.service.client.http import ServerRefused
+from halfstep.service.contract.text import shown
 
 STATE_STYLES = {
     "queued": "yellow", "starting": "cyan", "running": "bold cyan", "pausing": "yellow", "paused": "yellow",
     "cancelling": "magenta", "succeeded": "bold green", "failed": "bold red", "cancelled": "magenta",
 }  # fmt: skip
 ABSENT = "—"
+
+
+class Terminal(Console):
+    """A console of rich's that shows unseen characters of whatever is printed as backslash escapes.
+
+    Args:
+        stderr: write to standard error instead of standard output.
+        file: write to this instead.
+        width: columns, at least 1; None: as many as there are.
+        force_terminal: True: write as to a terminal, whatever the output is.
+    """
+
+    def __init__(
+        self,
+        *,
+        stderr: bool = False,
+        file: IO[str] | None = None,
+        width: int | None = None,
+        force_terminal: bool | None = None,
+    ) -> None:
+        super().__init__(
+            highlight=False, stderr=stderr, file=file, width=width, force_terminal=force_terminal
+        )
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is printed, in pieces; styles and cursor movements of our own are not text, and stay."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(shown(segment.text), segment.style)
 
 
 def number(value: object, digits: int = 4) -> str:
@@ -117,7 +150,7 @@ def problem(error: ServerRefused) -> RenderableType:
 
 def print_wide(table: Table) -> None:
     """Print all of a table: cut off at the window's edge it would lose numbers, wide it only wraps."""
-    console = Console(highlight=False)
+    console = Terminal()
     console.width = max(
         console.width, console.measure(table, options=console.options.update(max_width=500)).maximum
     )
@@ -137,7 +170,7 @@ def jobs_table(items: Sequence[Mapping[str, Any]]) -> Table:
         created = moment(job.get("created_at"))
         table.add_row(
             str(job["id"]),
-            Text(str(job.get("name", ""))),
+            Text(shown(str(job.get("name", "")))),
             state(job.get("state")),
             steps(stats),
             number(stats.get("loss")),

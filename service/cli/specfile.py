@@ -7,11 +7,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.resolver import VersionedResolver
 
 from halfstep.service.errors import HalfstepError
 
@@ -24,26 +25,28 @@ class UnreadableSpec(HalfstepError):
     code = "unreadable_spec"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number (YAML 1.1 wants `1.0e-3`), and a key may come once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} comes twice", key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+# The core schema, section 10.3.2 of the specification of YAML 1.2: a tag, the plain scalars that have it, and
+# the characters that one begins with.
+_CORE_SCHEMA = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 )
+
+
+class _CoreSchema(VersionedResolver):
+    """YAML 1.2 and nothing besides: `on`, `1_000` and a date are text, `1e-3` is a number."""
+
+    def __init__(self, version: Any = None, loader: Any = None, loadumper: Any = None) -> None:
+        super().__init__(version, loader, loadumper)
+        for tag, scalars, first in _CORE_SCHEMA:
+            expression = re.compile(f"^(?:{scalars})$")
+            self.add_version_implicit_resolver((1, 2), f"tag:yaml.org,2002:{tag}", expression, first)
 
 
 def read_spec(source: str) -> dict[str, Any]:
@@ -54,11 +57,8 @@ def read_spec(source: str) -> dict[str, Any]:
     """
     text = _text(source)
     try:
-        if source.endswith(".json"):
-            document = json.loads(text, object_pairs_hook=_unique)
-        else:
-            document = yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader is a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        document = json.loads(text, object_pairs_hook=_unique) if source.endswith(".json") else _yaml(text)
+    except (YAMLError, ValueError, RecursionError) as error:
         raise UnreadableSpec(f"{source} cannot be read: {_one_line(error)}") from error
     if not isinstance(document, dict):
         raise UnreadableSpec(
@@ -68,6 +68,12 @@ def read_spec(source: str) -> dict[str, Any]:
     return document
 
 
+def _yaml(text: str) -> Any:
+    reader = YAML(typ="safe", pure=True)
+    reader.Resolver = _CoreSchema
+    return reader.load(text)
+
+
 def _text(source: str) -> str:
     try:
         raw = sys.stdin.buffer.read(MOST_BYTES + 1) if source == "-" else Path(source).read_bytes()
@@ -75,6 +81,8 @@ def _text(source: str) -> str:
         raise UnreadableSpec(f"{source} cannot be read ({error.strerror})") from error
     if len(raw) > MOST_BYTES:
         raise UnreadableSpec(f"{source} is larger than {MOST_BYTES} bytes, the most that a job may be")
+    if (encoding := json.detect_encoding(raw)) not in ("utf-8", "utf-8-sig"):
+        raise UnreadableSpec(f"{source} is not UTF-8 text but {encoding.upper()}: save it as UTF-8")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,6 +102,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        # The library goes on with a picture of the place, and with advice for its callers.
+        told = str(error.problem).partition(" with value")[0]
+        return f"{told}, at line {error.problem_mark.line + 1} column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())
 
 

@@ -4,15 +4,17 @@ Component names and parameters are checked against the published catalogue elsew
 everything that can be known from the document alone.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationInfo, field_validator
 
 from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.service.contract.text import ReadableText
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[ReadableText, StringConstraints(max_length=200)]
 ComponentName = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_.\-]+$")]
-TagText = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+TagText = Annotated[ReadableText, StringConstraints(max_length=100)]
 Count = Annotated[int, Strict(), Field(ge=1, le=2**53)]
 Seconds = Annotated[float, Strict(), Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
@@ -154,6 +156,11 @@ class JobSpec(_Block):
         if len(tags) > 32:
             raise ValueError(f"has {len(tags)} entries; a job may carry 32")
         return tags
+
+    @classmethod
+    def stored(cls, document: Mapping[str, Any]) -> Self:
+        """A spec that was accepted before, perhaps by a version that took names which this one refuses."""
+        return cls.model_validate(document, context={"stored": True})
 
     @property
     def epochs(self) -> int | None:

@@ -246,6 +246,9 @@ def test_jobs_are_filtered(client: TestClient, submit: Submit) -> None:
     assert ids("tag=team:vision") == [vision]
     assert ids("tag=run:x:y&tag=team:vision") == [vision]
     assert ids("tag=run:x:y&tag=team:text") == []
+    colons = submit(name="c", tags={"a:b": "c:d", "e": "::"})
+    assert ids("tag=a:b:c:d") == ids("tag=e:::") == [colons]
+    assert ids("tag=a:b:c") == ids("tag=a:b:c:d&tag=run:x:y") == []
     assert ids("state=running") == []
 
 

@@ -69,7 +69,12 @@ def test_a_minimal_document_is_a_spec() -> None:
         ({"tags": {"a": 1}}, "/tags/a", "must be a valid string"),
         ({"tags": {"": "x"}}, "/tags/", "its name must have at least 1 character"),
         ({"tags": {str(number): "x" for number in range(33)}}, "/tags", "a job may carry 32"),
-        ({"name": "a\nb"}, "/name", "must match pattern"),
+        ({"name": "a\nb"}, "/name", "holds U+000A, a character that cannot be seen"),
+        ({"name": "a\u202eb"}, "/name", "holds U+202E"),
+        ({"name": " "}, "/name", "is blank; it needs a character that can be seen"),
+        ({"name": "a "}, "/name", "begins or ends with a blank; remove it"),
+        ({"tags": {"a": "\x9b"}}, "/tags/a", "holds U+009B"),
+        ({"tags": {"a\u2028": "b"}}, "/tags/a\u2028", "its name holds U+2028"),
     ],
 )
 def test_a_wrong_field_has_its_pointer_and_remedy(changes: dict[str, Any], place: str, remedy: str) -> None:

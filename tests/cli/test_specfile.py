@@ -42,10 +42,11 @@ def test_text_that_looks_like_an_exponent_in_quotes_stays_text(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.yaml", "model: [", "line"),
+        ("a.yaml", "model: [", "at line 1 column"),
         ("a.yaml", "- model", "must be a mapping"),
         ("a.yaml", "", "must be a mapping"),
-        ("a.yaml", "name: a\nname: b\n", "'name' comes twice"),
+        ("a.yaml", "name: a\nname: b\n", 'duplicate key "name", at line 2 column 1'),
+        ("a.yaml", "model:\n  name: a\n  name: b\n", 'duplicate key "name", at line 3 column 3'),
         ("a.json", '{"name": "a", "name": "b"}', "'name' comes twice"),
         ("a.json", '{"name": ', "line 1"),
         (
@@ -57,7 +58,7 @@ def test_text_that_looks_like_an_exponent_in_quotes_stays_text(tmp_path: Path) -
         ("a.yaml", "tags: {1: x}", "/tags: the key 1 is not text"),
         (
             "a.yaml",
-            f"name: {dt.date(2024, 1, 2)}",
+            f"name: !!timestamp {dt.date(2024, 1, 2)}",
             "/name: a date is not a JSON value; put it in quotes",
         ),
         ("a.json", "[" * 100_000, "nested too deeply"),
@@ -76,9 +77,55 @@ def test_what_cannot_be_a_job_is_said_with_its_place(
     assert says in str(error.value)
 
 
+PLAIN = ["on", "off", "yes", "no", "y", "1_000", "0b11", "12:30", "2024-01-02", "1e", "0x", "e5", "=", "<<"]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_only_yaml_1_1_reads_as_something_else_is_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"value: {text}\n")
+    assert read_spec(str(path)) == {"value": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("null", None),
+        ("010", 10),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("+12", 12),
+        ("1e3", 1000.0),
+        ("-2.5E-1", -0.25),
+    ],
+)
+def test_the_core_schema_of_yaml_1_2(tmp_path: Path, text: str, meant: object) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"value: {text}\n")
+    read = read_spec(str(path))["value"]
+    assert (read, type(read)) == (meant, type(meant))
+
+
+def test_anchors_and_block_text_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("a: &x {lr: 1e-3}\nb: *x\nc: |\n  one\n  two\n")
+    assert read_spec(str(path)) == {"a": {"lr": 0.001}, "b": {"lr": 0.001}, "c": "one\ntwo\n"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_in_another_encoding_is_told_so(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.yaml").write_text("model: {name: mlp}", encoding=encoding)
+    with pytest.raises(UnreadableSpec, match=f"but {encoding.upper()}: save it as UTF-8"):
+        read_spec(str(tmp_path / "x.yaml"))
+
+
 def test_absent_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(UnreadableSpec, match="No such file"):
         read_spec(str(tmp_path / "absent.yaml"))
-    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "x.yaml").write_bytes(b"model: \xff")
     with pytest.raises(UnreadableSpec, match="not UTF-8"):
         read_spec(str(tmp_path / "x.yaml"))

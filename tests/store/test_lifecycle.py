@@ -296,8 +296,9 @@ def test_listing_filters_and_pages_newest_first(database: Database) -> None:
     assert ids(tenant=None) == [foreign.id, *newest]
     assert ids(name="odd") == [made[5].id, made[3].id, made[1].id]
     assert ids(states=[JobState.CANCELLED, JobState.FAILED]) == [made[0].id]
-    assert ids(tags=[("n", "4"), ("all", "yes")]) == [made[4].id]
-    assert ids(tags=[("n", "4"), ("all", "no")]) == []
+    assert ids(tags=[[("n", "4")], [("all", "yes")]]) == [made[4].id]
+    assert ids(tags=[[("n", "4")], [("all", "no")]]) == []
+    assert ids(tags=[[("n", "no"), ("n", "4")]]) == [made[4].id]
     pages: list[str] = []
     before = None
     while True:

@@ -35,7 +35,7 @@ def test_what_is_returned_is_what_is_stored(database: Database) -> None:
         outcomes = jobs.submit_all(s, wanted)
     with database.read() as s:
         stored = [jobs.get(s, one.job_id, tenant="acme") for one in wanted]
-        tagged = jobs.list_jobs(s, tenant="acme", tags=[("n", "1")], limit=9)
+        tagged = jobs.list_jobs(s, tenant="acme", tags=[[("n", "1")]], limit=9)
         told = [Beginning(tuple(jobs.transitions(s, job.id)), record.summarise(s, job.id)) for job in stored]
     assert outcomes == [
         Submitted(job, created=True, beginning=one) for job, one in zip(stored, told, strict=True)

@@ -88,7 +88,7 @@ def _host_memory(job: jobs.Job, ending: Ending) -> dict[str, Any]:
     return {
         "code": ReasonCode.OUT_OF_MEMORY_HOST.value,
         "message": f"The worker's host ran out of memory after step {ending.last_step}, and the kernel ended "
-        f"the job's process. {less_memory(JobSpec.model_validate(job.spec))} A smaller data set or a worker "
+        f"the job's process. {less_memory(JobSpec.stored(job.spec))} A smaller data set or a worker "
         "with more memory helps as well.",
         "detail": left_by(ending),
     }

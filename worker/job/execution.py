@@ -88,7 +88,7 @@ def run(prepared: Prepared, order: RunOrder, asked: Asked, on_progress: Callable
         database.dispose()
         settings = Settings.model_validate(order.settings)
         database = _connected(settings)
-    spec = JobSpec.model_validate(order.spec)
+    spec = JobSpec.stored(order.spec)
     # Records name files by their place below the data directory, so that a restored copy of both is whole.
     root = settings.data_dir
     remote = mirror(settings)

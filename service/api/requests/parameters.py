@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 
 from halfstep.service.api.requests.pointers import suggestion
 from halfstep.service.contract import columns as table
+from halfstep.service.contract.text import IDEMPOTENCY_KEY
 
 # A step or a sequence number: any integer that every layer below can hold.
 Ordinal = Annotated[int, Query(ge=0, le=2**53)]
@@ -23,9 +24,7 @@ StepPath = Annotated[int, Path(ge=1, le=2**53, description="The checkpoint's ste
 IdempotencyKey = Annotated[
     str | None,
     Header(
-        min_length=1,
-        max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
+        pattern=IDEMPOTENCY_KEY,
         description="The same key and body give the same job; another body is refused.",
     ),
 ]

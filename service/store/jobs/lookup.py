@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import and_, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from halfstep.service.contract.states import JobState
@@ -57,13 +57,14 @@ def list_jobs(
     tenant: str | None,
     states: Sequence[JobState] = (),
     name: str | None = None,
-    tags: Iterable[tuple[str, str]] = (),
+    tags: Iterable[Sequence[tuple[str, str]]] = (),
     limit: int,
     before: tuple[float, str] | None = None,
 ) -> list[Job]:
     """The newest jobs first, at most `limit`.
 
-    `before` is `(created_at, id)` of the last job of the page before; `tags` must all match.
+    `before` is `(created_at, id)` of the last job of the page before; each of `tags` must match,
+    by one of its pairs of key and value.
     """
     query = select(*JOB_COLUMNS).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
     if tenant is not None:
@@ -72,12 +73,9 @@ def list_jobs(
         query = query.where(jobs.c.state.in_(sorted(states)))
     if name is not None:
         query = query.where(jobs.c.name == name)
-    for key, value in tags:
-        query = query.where(
-            select(job_tags.c.job_id)
-            .where(job_tags.c.job_id == jobs.c.id, job_tags.c.key == key, job_tags.c.value == value)
-            .exists()
-        )
+    for pairs in tags:
+        named = or_(*(and_(job_tags.c.key == key, job_tags.c.value == value) for key, value in pairs))
+        query = query.where(select(job_tags.c.job_id).where(job_tags.c.job_id == jobs.c.id, named).exists())
     if before is not None:
         query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < before)
     return [job_from(row) for row in s.execute(query)]

@@ -103,7 +103,7 @@ def _checkpoint(s: Session, parent: Job, step: int) -> Checkpoint:
 
 def _spec(parent: Job) -> JobSpec:
     try:
-        return JobSpec.model_validate(parent.spec)
+        return JobSpec.stored(parent.spec)
     except ValidationError as error:
         raise Conflict(
             "the job's specification is none that this version of the service runs; submit a new one"

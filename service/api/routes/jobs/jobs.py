@@ -27,7 +27,7 @@ router = APIRouter(prefix="/jobs", tags=["jobs"], dependencies=[KnownQuery])
 _log = structlog.get_logger(__name__)
 
 _Text = Annotated[str, Query(min_length=1, max_length=200, pattern=PRINTABLE)]
-_Tag = Annotated[str, Query(min_length=3, max_length=201, pattern=r"^[^\x00-\x1f\x7f:]+:[^\x00-\x1f\x7f]+$")]
+_Tag = Annotated[str, Query(min_length=3, max_length=201, pattern=r"^[^\x00-\x1f\x7f]+:[^\x00-\x1f\x7f]+$")]
 
 
 async def _body(request: Request) -> JsonBody:
@@ -74,6 +74,12 @@ async def submit_job(
     )
 
 
+def _splits(pair: str) -> list[tuple[str, str]]:
+    """Each key and value that `pair` may mean: a key may have colons, and so may a value."""
+    places = [place for place, character in enumerate(pair) if character == ":"]
+    return [(pair[:place], pair[place + 1 :]) for place in places if 0 < place < len(pair) - 1]
+
+
 @router.get("", response_model=JobPage, responses=declares())
 def list_jobs(
     context: ContextDep,
@@ -89,15 +95,18 @@ def list_jobs(
     ] = None,
 ) -> Response:
     """Jobs of the caller's tenant, newest first."""
-    tags = []
-    for pair in tag:
-        key, _, value = pair.partition(":")
-        tags.append((key, value))
     before = None if cursor is None else position_of(cursor)
+    tags = [_splits(pair) for pair in tag]
     with context.database.read() as session:
         # One more than asked for tells whether another page follows.
         found = store.list_jobs(
-            session, tenant=caller.tenant, states=state, name=name, tags=tags, limit=limit + 1, before=before
+            session,
+            tenant=caller.tenant,
+            states=state,
+            name=name,
+            tags=tags,
+            limit=limit + 1,
+            before=before,
         )
         items = job_views(session, found[:limit])
     more = len(found) > limit
