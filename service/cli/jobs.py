@@ -13,7 +13,7 @@ from halfstep.service.cli.render import Terminal, event_line, jobs_table, print_
 from halfstep.service.cli.specfile import read_spec
 from halfstep.service.client.http import Api
 from halfstep.service.client.watching import all_events, follow
-from halfstep.service.contract.answers import EventType
+from halfstep.service.contract.events import EventType
 from halfstep.service.contract.states import JobState
 
 SpecFile = Annotated[

@@ -6,7 +6,7 @@ States have their events written where they change (`records`); metrics are anot
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Text, and_, select, type_coerce, update
 from sqlalchemy.orm import Session
@@ -15,11 +15,6 @@ from halfstep.service.store.event_rows import NewEvent, storable, write_events
 from halfstep.service.store.job_rows import absent, known_shape, lock_fenced
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.tables import job_events, job_stats
-
-EventType = Literal[
-    "state", "precision", "overflow", "nan", "alert", "evaluation", "checkpoint", "worker", "warning"
-]
-Level = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)

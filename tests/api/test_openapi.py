@@ -19,6 +19,7 @@ from halfstep.service.api import create_app
 from halfstep.service.api.export import render
 from halfstep.service.contract import answers, examples
 from halfstep.service.contract.spec import JobSpec, RetryRequest
+from halfstep.service.contract.states import JobState
 from halfstep.service.settings import Settings
 
 from .conftest import Trainer
@@ -116,7 +117,7 @@ def test_real_answers_are_of_their_schemas(
     trainer.end(
         job_id,
         fence,
-        answers.JobState.FAILED,
+        JobState.FAILED,
         code="non_finite_loss",
         message="The loss is NaN.",
         detail="step 3",

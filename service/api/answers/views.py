@@ -1,15 +1,13 @@
-"""What is stored, as the fixed HTTP contract shows it: the fields of each answer and their order.
+"""What is stored, made into the answers of the contract.
 
-Values are spelled by `wire`; `schemas` describes the same fields for the OpenAPI document.
+Which fields an answer has, in which order, and how they are spelled is in `contract.answers`.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
 
 from sqlalchemy.orm import Session
 
-from halfstep.service.api.answers.wire import timestamp
+from halfstep.service.contract import answers
 from halfstep.service.store import jobs, record
 from halfstep.service.store.events import Event
 from halfstep.service.store.fleet.components import ComponentInfo
@@ -18,15 +16,13 @@ from halfstep.service.store.jobs import Checkpoint, Job, Transition
 from halfstep.service.store.outbox import Entry
 from halfstep.service.store.record import Stats
 
-_STATS_FIELDS = tuple(field.name for field in fields(Stats) if field.name != "version")
 
-
-def job_view(session: Session, job: Job) -> dict[str, Any]:
+def job_view(session: Session, job: Job) -> answers.Job:
     """The Job, with its transitions and its summary."""
     return job_document(job, jobs.transitions(session, job.id), record.summarise(session, job.id))
 
 
-def job_views(session: Session, found: Sequence[Job]) -> list[dict[str, Any]]:
+def job_views(session: Session, found: Sequence[Job]) -> list[answers.Job]:
     """The same for many, in as many statements as for one. Leaves out what was deleted meanwhile."""
     ids = [job.id for job in found]
     transitions = jobs.transitions_of(session, ids)
@@ -34,111 +30,76 @@ def job_views(session: Session, found: Sequence[Job]) -> list[dict[str, Any]]:
     return [job_document(job, transitions.get(job.id, []), stats[job.id]) for job in found if job.id in stats]
 
 
-def job_document(job: Job, transitions: Sequence[Transition], stats: Stats) -> dict[str, Any]:
+def job_document(job: Job, transitions: Sequence[Transition], stats: Stats) -> answers.Job:
     """The Job from its parts."""
-    return {
-        "id": job.id,
-        "name": job.name,
-        "state": job.state,
-        "is_terminal": job.state.is_terminal,
-        "status_reason": job.status_reason,
-        "spec": job.spec,
-        "attempt": job.attempt,
-        "max_attempts": job.max_attempts,
-        "priority": job.priority,
-        "tags": job.tags,
-        "parent_id": job.parent_id,
-        "from_checkpoint": job.from_checkpoint,
-        "worker": job.worker,
-        "created_at": timestamp(job.created_at),
-        "started_at": timestamp(job.started_at),
-        "finished_at": timestamp(job.finished_at),
-        "transitions": [
-            {"state": entered.state, "at": timestamp(entered.at), "reason": entered.reason}
-            for entered in transitions
-        ],
-        "stats": stats_view(stats),
-    }
-
-
-def stats_view(stats: Stats) -> dict[str, Any]:
-    """The summary: the stored fields, without the version that the etag carries."""
-    return {
-        **{name: getattr(stats, name) for name in _STATS_FIELDS},
-        "last_step_at": timestamp(stats.last_step_at),
-        "updated_at": timestamp(stats.updated_at),
-    }
-
-
-def checkpoint_view(checkpoint: Checkpoint) -> dict[str, Any]:
-    """One checkpoint, without where it is kept."""
-    return {
-        "step": checkpoint.step,
-        "bytes": checkpoint.bytes,
-        "sha256": checkpoint.sha256,
-        "created_at": timestamp(checkpoint.created_at),
-        "metrics": checkpoint.metrics or {},
-    }
-
-
-def event_view(event: Event) -> dict[str, Any]:
-    """One event."""
-    return {
-        "seq": event.seq,
-        "at": timestamp(event.at),
-        "type": event.type,
-        "level": event.level,
-        "message": event.message,
-        "data": event.data,
-    }
-
-
-def tenant_event_view(entry: Entry) -> dict[str, Any]:
-    """One event among those of all jobs, with its job and who did it."""
-    return {
-        "job_id": entry.job_id,
-        "seq": entry.seq,
-        "at": timestamp(entry.at),
-        "type": entry.type,
-        "level": entry.level,
-        "message": entry.message,
-        "data": entry.data,
-        "actor": None if entry.actor is None else entry.actor.document(),
-    }
-
-
-def component_view(component: ComponentInfo) -> dict[str, Any]:
-    """One component of the catalogue."""
-    return {
-        "kind": component.kind,
-        "name": component.name,
-        "help": component.help,
-        "schema": component.schema,
-        "extra": component.extra,
-    }
-
-
-def worker_view(worker: Worker) -> dict[str, Any]:
-    """One live worker."""
-    capability = worker.capability
-    state = "draining" if worker.draining else "busy" if worker.busy >= worker.slots else "free"
-    return {
-        "id": worker.id,
-        "name": worker.name,
-        "pid": worker.pid,
-        "state": state,
-        "slots": worker.slots,
-        "busy": worker.busy,
-        "capability": {
-            "device_type": capability.device_type,
-            "device_name": capability.device_name,
-            "device_count": capability.device_count,
-            "bf16": capability.bf16,
-            "fp16": capability.fp16,
-            "memory_bytes": capability.memory_bytes,
-            "speed": worker.speed,
+    return answers.Job.model_validate(
+        {
+            **{name: getattr(job, name) for name in _JOB_FIELDS},
+            "is_terminal": job.state.is_terminal,
+            "transitions": transitions,
+            "stats": stats,
         },
-        "versions": worker.versions,
-        "started_at": timestamp(worker.started_at),
-        "last_seen": timestamp(worker.last_seen),
-    }
+        from_attributes=True,
+    )
+
+
+# What the stored job is asked for; the rest stands in other tables.
+_JOB_FIELDS = tuple(
+    name for name in answers.Job.model_fields if name not in {"is_terminal", "transitions", "stats"}
+)
+
+
+def stats_view(stats: Stats) -> answers.Stats:
+    """The summary, without the version that the etag carries."""
+    return answers.Stats.model_validate(stats, from_attributes=True)
+
+
+def checkpoint_view(checkpoint: Checkpoint) -> answers.Checkpoint:
+    """One checkpoint, without where it is kept."""
+    return answers.Checkpoint(
+        step=checkpoint.step,
+        bytes=checkpoint.bytes,
+        sha256=checkpoint.sha256,
+        created_at=checkpoint.created_at,
+        metrics=checkpoint.metrics or {},
+    )
+
+
+def event_view(event: Event) -> answers.Event:
+    """One event."""
+    return answers.Event.model_validate(event, from_attributes=True)
+
+
+def tenant_event_view(entry: Entry) -> answers.TenantEvent:
+    """One event among those of all jobs, with its job and who did it."""
+    return answers.TenantEvent.model_validate(entry, from_attributes=True)
+
+
+def component_view(component: ComponentInfo) -> answers.Component:
+    """One component of the catalogue."""
+    return answers.Component.model_validate(component, from_attributes=True)
+
+
+def worker_view(worker: Worker) -> answers.Worker:
+    """One live worker."""
+    able = worker.capability
+    return answers.Worker(
+        id=worker.id,
+        name=worker.name,
+        pid=worker.pid,
+        state="draining" if worker.draining else "busy" if worker.busy >= worker.slots else "free",
+        slots=worker.slots,
+        busy=worker.busy,
+        capability=answers.Capability(
+            device_type=able.device_type,
+            device_name=able.device_name,
+            device_count=able.device_count,
+            bf16=able.bf16,
+            fp16=able.fp16,
+            memory_bytes=able.memory_bytes,
+            speed=worker.speed,
+        ),
+        versions=worker.versions,
+        started_at=worker.started_at,
+        last_seen=worker.last_seen,
+    )

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from halfstep.service.api.answers.views import event_view
 from halfstep.service.api.answers.wire import json_bytes, spelled_column
 from halfstep.service.api.following.event_stream import Messages
+from halfstep.service.contract.answers import Answer, Reason, StreamEnd, StreamState
 from halfstep.service.contract.states import JobState
 from halfstep.service.store.events import Event
 from halfstep.service.store.record.following import News, Position, Standing, news
@@ -157,15 +158,19 @@ def page_of(job_id: str, found: News) -> Page:
 
 def end_message(job_id: str, position: Position, standing: Standing | None) -> bytes:
     """The last message; without a standing for a job that was deleted."""
-    data = {
-        "job_id": job_id,
-        "state": None if standing is None else standing.state,
-        "is_terminal": True,
-        "status_reason": None if standing is None else standing.status_reason,
-        "attempt": None if standing is None else standing.attempt,
-        "last_step": None if standing is None else standing.current_step,
-        "deleted": standing is None,
-    }
+    if standing is None:
+        data = StreamEnd(job_id=job_id, is_terminal=True, deleted=True)
+    else:
+        reason = standing.status_reason
+        data = StreamEnd(
+            job_id=job_id,
+            state=standing.state,
+            is_terminal=True,
+            status_reason=None if reason is None else Reason.model_validate(reason),
+            attempt=standing.attempt,
+            last_step=standing.current_step,
+            deleted=False,
+        )
     return message("end", token(job_id, position) + ".end", data)
 
 
@@ -184,20 +189,21 @@ def parse_token(job_id: str, text: str) -> tuple[Position, bool] | None:
 
 
 def _event_message(job_id: str, event: Event, position: Position) -> bytes:
-    data = event_view(event)
     state = event.data.get("state") if event.type == "state" and event.data else None
     if state is None:
-        return message("event", token(job_id, position), data)
+        return message("event", token(job_id, position), event_view(event))
     told: dict[str, Any] = event.data or {}
-    data = {
-        "seq": event.seq,
-        "at": data["at"],
-        "state": state,
-        "is_terminal": JobState(state).is_terminal,
-        "attempt": told.get("attempt"),
-        "worker": told.get("worker"),
-        "message": event.message,
-    }
+    data = StreamState.model_validate(
+        {
+            "seq": event.seq,
+            "at": event.at,
+            "state": state,
+            "is_terminal": JobState(state).is_terminal,
+            "attempt": told.get("attempt"),
+            "worker": told.get("worker"),
+            "message": event.message,
+        }
+    )
     return message("state", token(job_id, position), data)
 
 
@@ -211,7 +217,7 @@ def _steps(standing: Standing, page: MetricPage) -> dict[str, Any]:
     }
 
 
-def message(kind: str, identifier: str, data: dict[str, Any]) -> bytes:
+def message(kind: str, identifier: str, data: Answer | dict[str, Any]) -> bytes:
     """One message of an event stream."""
     # JSON of one line: it holds no line break that would end the field.
     return f"event: {kind}\nid: {identifier}\ndata: ".encode() + json_bytes(data) + b"\n\n"

@@ -1,6 +1,6 @@
 """What a spec can name."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.api.context import ContextDep
 from halfstep.service.api.requests.parameters import KnownQuery
 from halfstep.service.contract.answers import ComponentList
+from halfstep.service.contract.components import ComponentKind
 from halfstep.service.store.fleet import components
 
 router = APIRouter(prefix="/components", tags=["fleet"], dependencies=[KnownQuery])
@@ -22,7 +23,7 @@ def list_components(
     context: ContextDep,
     _caller: Reader,
     kind: Annotated[
-        Literal["model", "dataset", "loss", "optimizer", "scheduler"] | None,
+        ComponentKind | None,
         Query(description="Only this kind."),
     ] = None,
 ) -> Response:
@@ -32,4 +33,4 @@ def list_components(
     """
     with context.database.read() as session:
         found = components.list_components(session, kind=kind)
-    return json_answer({"items": [component_view(component) for component in found]})
+    return json_answer(ComponentList(items=[component_view(component) for component in found]))

@@ -22,7 +22,8 @@ from halfstep.service.api.following.event_stream import EventStream
 from halfstep.service.api.following.tenant_events import Selection, TenantEvents, extent, page
 from halfstep.service.api.requests.cursors import LATEST, events_cursor, events_position
 from halfstep.service.api.requests.parameters import KnownQuery, wrong_header, wrong_query
-from halfstep.service.contract.answers import EventType, TenantEventPage
+from halfstep.service.contract.answers import TenantEventPage
+from halfstep.service.contract.events import EventType
 from halfstep.service.contract.examples import TENANT_EVENT_STREAM
 from halfstep.service.store.outbox import Page
 
@@ -88,12 +89,8 @@ async def list_all_events(
     found = await run_in_threadpool(page, context.database, wanted, after=start, limit=limit)
     if wait_seconds > 0 and not found.entries:
         found = await _wait(request, context, wanted, found, limit=limit, seconds=wait_seconds)
-    return json_answer(
-        {
-            "items": [tenant_event_view(entry) for entry in found.entries],
-            "next_after": cursor(found.position),
-        }
-    )
+    items = [tenant_event_view(entry) for entry in found.entries]
+    return json_answer(TenantEventPage(items=items, next_after=cursor(found.position)))
 
 
 def _start(context: Context, tenant: str, after: str | None, last_event_id: str | None) -> int:

@@ -11,7 +11,7 @@ from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.answers.wire import json_answer
 from halfstep.service.api.context import Context, ContextDep
 from halfstep.service.api.requests.parameters import KnownQuery
-from halfstep.service.contract.answers import Alive, Readiness
+from halfstep.service.contract.answers import Alive, Part, Readiness
 from halfstep.service.errors import ConfigurationError, StoreUnavailable
 from halfstep.service.store.sql.schema import check_current
 
@@ -25,7 +25,7 @@ _DEFECT = problem_response("A defect.")
 )
 async def get_liveness() -> Response:
     """Whether the process answers. It asks nothing else."""
-    return json_answer({"status": "ok"})
+    return json_answer(Alive(status="ok"))
 
 
 @router.get(
@@ -46,16 +46,16 @@ def get_readiness(context: ContextDep) -> Response:
     parts = {"database": None, "schema": _schema_fault(context), "broker": _broker_fault(context)}
     if parts["schema"] == _UNREACHABLE:
         parts["database"] = _UNREACHABLE
-    told = {name: {"ok": fault is None, "detail": fault} for name, fault in parts.items()}
+    told = {name: Part(ok=fault is None, detail=fault) for name, fault in parts.items()}
     if parts["database"] or parts["schema"]:
         raise ProblemError(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "not_ready",
             "Not ready: " + ", ".join(name for name, fault in parts.items() if fault) + ".",
             headers={"retry-after": "2"},
-            members={"parts": told},
+            members={"parts": {name: part.document() for name, part in told.items()}},
         )
-    return json_answer({"status": "degraded" if parts["broker"] else "ready", "parts": told})
+    return json_answer(Readiness(status="degraded" if parts["broker"] else "ready", parts=told))
 
 
 _UNREACHABLE = "the database does not answer"

@@ -20,4 +20,4 @@ def list_workers(context: ContextDep, _caller: Reader) -> Response:
     """The workers that are alive: seen within three heartbeats."""
     with context.database.read() as session:
         found = workers.list_workers(session, live_seconds=context.settings.live_seconds)
-    return json_answer({"items": [worker_view(worker) for worker in found]})
+    return json_answer(WorkerList(items=[worker_view(worker) for worker in found]))

@@ -18,6 +18,7 @@ from halfstep.service.api.shared_visits import SharedVisits
 from halfstep.service.api.submitting.document import read_spec
 from halfstep.service.api.submitting.fleet import Catalogues, Fleet, Submission, prepare
 from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.answers import DryRun
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.faultpoints import reach
 from halfstep.service.queue import wake_worker
@@ -123,7 +124,7 @@ class Intake:
 def _stored(session: Session, wanted: Sequence[jobs.NewJob]) -> list[_Stored | Exception]:
     outcomes = jobs.submit_all(session, wanted)
     earlier = [one.job for one in outcomes if isinstance(one, jobs.Submitted) and one.beginning is None]
-    views = {view["id"]: view for view in job_views(session, earlier)}
+    views = {view.id: view for view in job_views(session, earlier)}
     answers: list[_Stored | Exception] = []
     for outcome in outcomes:
         if not isinstance(outcome, jobs.Submitted):
@@ -154,10 +155,10 @@ def _new_job(order: Order, submission: Submission) -> jobs.NewJob:
 
 
 def _verdict(submission: Submission) -> Taken:
-    document = {
-        "valid": True,
-        "warnings": list(submission.warnings),
-        "resolved": submission.spec.model_dump(mode="json"),
-        "capable_workers": submission.capable_workers,
-    }
-    return Taken(json_bytes(document), None)
+    answer = DryRun(
+        valid=True,
+        warnings=list(submission.warnings),
+        resolved=submission.spec.model_dump(mode="json"),
+        capable_workers=submission.capable_workers,
+    )
+    return Taken(json_bytes(answer), None)

@@ -48,7 +48,7 @@ def list_checkpoints(context: ContextDep, caller: Reader, job_id: JobPath) -> Re
     """What the job has saved, newest first. A cancelled or failed job keeps its checkpoints."""
     with context.database.read() as session:
         kept = _checkpoints(session, job_id, caller)
-    return json_answer({"items": [checkpoint_view(one) for one in kept]})
+    return json_answer(CheckpointList(items=[checkpoint_view(one) for one in kept]))
 
 
 def _model_responses(*, body: bool) -> dict[int | str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from sqlalchemy.orm import Session
@@ -60,7 +60,7 @@ def resume_job(context: ContextDep, caller: Submitter, job_id: JobPath) -> Respo
     a conflict.
     """
     answer = _ask(context, caller, lambda s: store.request_resume(s, job_id, tenant=caller.tenant))
-    if answer["state"] == JobState.QUEUED:
+    if answer.state == JobState.QUEUED:
         wake_worker(context.settings, job_id)
     return json_answer(answer)
 
@@ -128,5 +128,5 @@ def retry_job(
     )
 
 
-def _ask(context: Context, caller: Caller, what: Callable[[Session], store.Job]) -> dict[str, Any]:
+def _ask(context: Context, caller: Caller, what: Callable[[Session], store.Job]) -> Job:
     return context.database.acting(caller.actor).retry(lambda session: job_view(session, what(session)))

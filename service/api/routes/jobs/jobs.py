@@ -110,7 +110,7 @@ def list_jobs(
         )
         items = job_views(session, found[:limit])
     more = len(found) > limit
-    return json_answer({"items": items, "next_cursor": cursor_after(found[limit - 1]) if more else None})
+    return json_answer(JobPage(items=items, next_cursor=cursor_after(found[limit - 1]) if more else None))
 
 
 @router.get("/{job_id}", response_model=Job, responses=declares(HTTPStatus.NOT_FOUND))

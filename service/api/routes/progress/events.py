@@ -30,6 +30,5 @@ def list_events(
     with context.database.read() as session:
         job = jobs.get(session, job_id, tenant=caller.tenant)
         found = events.read(session, job.id, after=after, limit=limit)
-    return json_answer(
-        {"items": [event_view(event) for event in found], "next_after": found[-1].seq if found else after}
-    )
+    items = [event_view(event) for event in found]
+    return json_answer(EventPage(items=items, next_after=found[-1].seq if found else after))
