@@ -137,4 +137,11 @@ INTENDED: list[Difference] = [
         where=_refused,
         changes=allows("GET", "HEAD"),
     ),
+    Difference(
+        request="POST /jobs",
+        what="the pattern of an idempotency key says how long it may be",
+        why="The command line refuses an impossible key by the same pattern, and has no other limit.",
+        where=lambda ask, answer: "idempotency-key" in ask.headers and "should match pattern" in answer.body,
+        changes=(text(r"\\x7e\]\+\$", r"\\x7e]{1,255}$"),),
+    ),
 ]
