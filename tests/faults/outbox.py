@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -78,11 +79,11 @@ def write(url: str, job_ids: Sequence[str], number: int, seed: int, late: str) -
     database = Database(url, pool_size=1)
     slow = 0
     while number:
-        several = min(number, chance.randint(1, 40))
+        several = min(number, chance.randint(1, 16))
         # In one order everywhere, as all who lock more than one job do.
         chosen = sorted(Counter(chance.choices(chance.sample(job_ids, 3), k=several)).items())
-        held = chance.random() < 0.02
-        delay = chance.uniform(0.02, 0.06) if held else chance.expovariate(1 / 0.001)
+        held = chance.random() < 0.04
+        delay = chance.uniform(0.05, 0.25) if held else chance.expovariate(1 / 0.001)
 
         def tell(s: Session, chosen: Sequence[tuple[str, int]] = chosen, delay: float = delay) -> None:
             for job_id, of_it in chosen:
@@ -113,17 +114,24 @@ def _append(s: Session, job_id: str, number: int) -> None:
     )
 
 
-def deliver(url: str, log: str, seed: int) -> None:
-    """Be a dispatcher with one consumer, until killed: give positions, handle what is new, note it."""
+def deliver(url: str, log: str, seed: float, dies: float) -> None:
+    """Be a dispatcher with one consumer, until killed: give positions, handle what is new, note it.
+
+    With the probability `dies` it kills itself while it handles, before the note or after it: a kill from
+    outside seldom meets that moment on a busy machine.
+    """
     chance = random.Random(seed)
     database = Database(url, pool_size=1)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def handle(entries: Sequence[Entry]) -> None:
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(chance.uniform(0, 0.04))
+        if chance.random() < dies:
+            os.kill(os.getpid(), signal.SIGKILL)
         lines = "".join(f"{each.position} {each.job_id} {each.seq}\n" for each in entries)
         os.write(file, lines.encode("ascii"))  # at once and at the end: processes do not mix
-        time.sleep(chance.uniform(0, 0.004))
+        if chance.random() < dies / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     consumer = Consumer(name=CONSUMER, handle=handle, batch=100, held_seconds=HELD_SECONDS)
     holder = uuid.uuid4().hex
@@ -189,9 +197,10 @@ def _run(
         _started(write, url, job_ids, share, seed + index, str(late[index]))
         for index, share in enumerate(shares)
     ]
-    consumers = [_started(deliver, url, str(log), chance.random()) for _ in range(2)]
+    dies = min(0.1, 1000 / count)
+    consumers = [_started(deliver, url, str(log), chance.random(), dies) for _ in range(2)]
     # Between two kills so much is delivered, at random: a busy machine must not be killed to a standstill.
-    most_between = max(150, count // 30) * BYTES_A_DELIVERY
+    most_between = max(600, count // 30) * BYTES_A_DELIVERY
     kills, written = 0, None
     size, next_kill, moved = 0, chance.uniform(0, most_between), began
     arrived = False
@@ -201,11 +210,18 @@ def _run(
             if (grown := log.stat().st_size) > size:
                 size, moved = grown, time.monotonic()
             if size >= next_kill:
+                # Not always at the same place of a round, which the end of a delivery is.
+                time.sleep(chance.uniform(0, 0.2))
                 victim = chance.randrange(2)
                 _kill(consumers[victim])
                 kills += 1
-                consumers[victim] = _started(deliver, url, str(log), chance.random())
+                consumers[victim] = _started(deliver, url, str(log), chance.random(), dies)
                 next_kill = size + chance.uniform(0, most_between)
+            for index, process in enumerate(consumers):
+                if not process.is_alive():
+                    _kill(process)
+                    kills += 1
+                    consumers[index] = _started(deliver, url, str(log), chance.random(), dies)
             if written is None and not any(process.is_alive() for process in writing):
                 written = time.monotonic() - began
             if written is not None:
