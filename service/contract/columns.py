@@ -8,10 +8,11 @@ means never changes.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
-COMPUTE_DTYPES: tuple[ComputeDtype, ...] = ("float32", "float16", "bfloat16")
+from halfstep.service.contract.precision import ComputeDtype
+
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 
 ColumnType = Literal["number", "integer", "flag", "choice"]
 Fold = Literal["last", "count", "first", "min", "max"]

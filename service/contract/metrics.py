@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from halfstep.service.contract import columns
-from halfstep.service.contract.columns import COMPUTE_DTYPES, ComputeDtype
+from halfstep.service.contract.columns import COMPUTE_DTYPES
+from halfstep.service.contract.precision import ComputeDtype
 
 __all__ = [
     "COMPUTE_DTYPES",

@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-LowDtype = Literal["float16", "bfloat16", "float32"]
+ComputeDtype = Literal["float32", "float16", "bfloat16"]
+"""What a step computes in; under a mixed precision, the lower of its two types."""
 
 
 class MixedPrecisionMode(StrEnum):
@@ -262,7 +263,7 @@ class ResolvedPrecision(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low_dtype: LowDtype
+    low_dtype: ComputeDtype
     scaling: bool
     initial_scale: float
     warnings: tuple[str, ...] = ()
@@ -307,7 +308,7 @@ def resolve(config: MixedPrecisionConfig, capability: DeviceCapability) -> Resol
     )
 
 
-def _low_dtype(config: MixedPrecisionConfig, capability: DeviceCapability) -> LowDtype:
+def _low_dtype(config: MixedPrecisionConfig, capability: DeviceCapability) -> ComputeDtype:
     match config.precision_level:
         case PrecisionLevel.FP32:
             return "float32"
@@ -321,7 +322,9 @@ def _low_dtype(config: MixedPrecisionConfig, capability: DeviceCapability) -> Lo
             return "bfloat16" if capability.bf16 else "float16"
 
 
-def _require_support(config: MixedPrecisionConfig, capability: DeviceCapability, low_dtype: LowDtype) -> None:
+def _require_support(
+    config: MixedPrecisionConfig, capability: DeviceCapability, low_dtype: ComputeDtype
+) -> None:
     device = capability.name or capability.device_type
     if low_dtype == "bfloat16" and not capability.bf16:
         if capability.device_type == "cuda" and config.allow_emulated_bf16:
@@ -337,7 +340,7 @@ def _require_support(config: MixedPrecisionConfig, capability: DeviceCapability,
 
 
 def _dtype_warnings(
-    config: MixedPrecisionConfig, capability: DeviceCapability, low_dtype: LowDtype
+    config: MixedPrecisionConfig, capability: DeviceCapability, low_dtype: ComputeDtype
 ) -> list[str]:
     warnings = []
     on_cpu = capability.device_type == "cpu"
@@ -357,7 +360,7 @@ def _dtype_warnings(
 
 
 def _scaling_warnings(
-    config: MixedPrecisionConfig, low_dtype: LowDtype, *, can_scale: bool, scaling: bool
+    config: MixedPrecisionConfig, low_dtype: ComputeDtype, *, can_scale: bool, scaling: bool
 ) -> list[str]:
     warnings = []
     if low_dtype == "bfloat16" and (config.loss_scaling or config.gradient_scaling):
@@ -388,7 +391,7 @@ def _scaling_warnings(
     return warnings
 
 
-def _layer_warnings(config: MixedPrecisionConfig, low_dtype: LowDtype) -> list[str]:
+def _layer_warnings(config: MixedPrecisionConfig, low_dtype: ComputeDtype) -> list[str]:
     warnings = []
     if config.selective_layers and config.mode is not MixedPrecisionMode.SELECTIVE:
         warnings.append(

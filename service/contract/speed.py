@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from halfstep.service.contract.precision import (
     REFUSED_CELLS,
-    LowDtype,
+    ComputeDtype,
     MixedPrecisionConfig,
     MixedPrecisionMode,
     PrecisionLevel,
@@ -37,7 +37,7 @@ class DtypeSpeed(BaseModel):
 Speeds = Mapping[str, DtypeSpeed]
 """By data type: float32, float16, bfloat16, and tf32 where a GPU has it."""
 
-_LEVELS: Mapping[PrecisionLevel, LowDtype] = {
+_LEVELS: Mapping[PrecisionLevel, ComputeDtype] = {
     PrecisionLevel.BF16: "bfloat16",
     PrecisionLevel.FP16: "float16",
 }
@@ -54,7 +54,7 @@ class SlowPrecision:
         remedy: what to ask for instead.
     """
 
-    dtype: LowDtype
+    dtype: ComputeDtype
     relative: float
     work: str
     remedy: str
@@ -68,7 +68,7 @@ class SlowPrecision:
 
 
 def slow_precision(
-    config: MixedPrecisionConfig, dtype: LowDtype, speeds: Speeds, *, convolutional: bool
+    config: MixedPrecisionConfig, dtype: ComputeDtype, speeds: Speeds, *, convolutional: bool
 ) -> SlowPrecision | None:
     """What `config`, whose low precision is `dtype` on a device of these speeds, costs there.
 

@@ -150,6 +150,10 @@ def test_a_run_of_bad_batches_is_left_out_once(tmp_path: Path) -> None:
     outcome, recorder = run(spec, tmp_path)
     [told] = recorder.coded("batches_excluded")
     assert told["batches"] == [[1, 19], [1, 20], [1, 21], [1, 22]]
+    assert (told["layer"], told["verdict"]) == ("input", "data_or_model")
+    message = next(message for kind, _, message, _ in recorder.events if kind == "alert")
+    assert "20 to 22: its loss was not finite, first seen in 'input' (forward)" in message
+    assert "not finite in FP32 either. Look for bad samples or lower the learning rate. Training" in message
     [incident] = recorder.coded("nan")
     assert (incident["step"], incident["batch"]) == (20, [1, 19])
     assert recorder.resumes == [0, 16]
@@ -188,6 +192,20 @@ def test_a_second_run_of_bad_batches_fails_the_job(tmp_path: Path) -> None:
     assert len(recorder.coded("batches_excluded")) == 1
     assert [row.step for row in recorder.rows if row.skipped] == [31, 32, 33]
     assert "Look for bad samples" in failure.value.message
+
+
+def test_a_learning_rate_that_is_far_too_high_is_no_question_of_precision(tmp_path: Path) -> None:
+    spec = job(
+        precision={"precision_level": "bf16", "max_consecutive_skips": 3, "max_grad_norm": None},
+        optimizer={"name": "sgd", "params": {"lr": 5000.0, "weight_decay": 0.1}},
+        training={"epochs": 20},
+    )
+    with pytest.raises(NonFinite) as failure:
+        run(spec, tmp_path)
+    assert failure.value.detail["verdict"] == "data_or_model"
+    assert failure.value.detail["layer"] is not None
+    assert "ower the learning rate" in failure.value.message
+    assert "precision_level" not in failure.value.message
 
 
 def test_with_nan_handling_off_nothing_is_left_out(tmp_path: Path) -> None:

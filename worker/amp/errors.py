@@ -16,6 +16,8 @@ is `halfstep.service.contract.precision.UnsupportedPrecisionError`.
 from typing import Literal
 
 Cause = Literal["non_finite_gradients", "non_finite_loss", "scale_exhausted"]
+Verdict = Literal["precision", "data_or_model"]
+"""Of a bad step that was repeated in FP32: "precision" where it is finite there."""
 
 
 class MixedPrecisionError(Exception):
@@ -41,10 +43,14 @@ class NonFiniteError(MixedPrecisionError, ArithmeticError):
         cause: what was not finite, or that the scale has no room left.
         layer: the module where the first non-finite value was seen; None where that is not known.
         step: the optimizer step at which it was seen, from 1.
+        verdict: whether the precision is to blame; None where the step was not repeated in FP32.
     """
 
-    def __init__(self, message: str, *, cause: Cause, layer: str | None, step: int) -> None:
+    def __init__(
+        self, message: str, *, cause: Cause, layer: str | None, step: int, verdict: Verdict | None = None
+    ) -> None:
         super().__init__(message)
+        self.verdict = verdict
         self.cause: Cause = cause
         self.layer = layer
         self.step = step

@@ -43,7 +43,9 @@ def translated(spec: JobSpec, doing: str) -> Iterator[None]:
         raise
     except NonFiniteError as error:
         raise NonFinite(
-            str(error), code=ReasonCode(error.cause), detail={"step": error.step, "layer": error.layer}
+            str(error),
+            code=ReasonCode(error.cause),
+            detail={"step": error.step, "layer": error.layer, "verdict": error.verdict},
         ) from error
     except (SetupError, UnsupportedPrecisionError) as error:
         raise InvalidComponent(

@@ -178,6 +178,8 @@ def _roll_back(
         {
             "code": "batches_excluded",
             "step": run.step,
+            "layer": failure.detail["layer"],
+            "verdict": failure.detail["verdict"],
             "batches": [[place.epoch, place.group] for place in places],
         },
     )

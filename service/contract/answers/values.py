@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from halfstep.service.contract import columns
+from halfstep.service.contract import precision
 
 T = TypeVar("T")
 
@@ -138,5 +138,5 @@ Cell = Annotated[
 """A value of a column of the step record, as it is on the wire: what is not finite is a text."""
 
 JobId = Annotated[str, Field(json_schema_extra={"format": "uuid"}, description="UUIDv7.")]
-ComputeDtype = Open[columns.ComputeDtype]
+ComputeDtype = Open[precision.ComputeDtype]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from halfstep.service.contract.precision import MixedPrecisionConfig
-from halfstep.worker.amp.errors import Cause, NonFiniteError, NonFiniteGradient, NonFiniteLoss, TooManySkips
-from halfstep.worker.amp.record.rows import (
-    Attribution,
-    EngineEvent,
-    EventLevel,
-    FinishedStep,
-    StepRow,
+from halfstep.worker.amp.diagnosis.advice import advice
+from halfstep.worker.amp.errors import (
+    Cause,
+    NonFiniteError,
+    NonFiniteGradient,
+    NonFiniteLoss,
+    TooManySkips,
+    Verdict,
 )
+from halfstep.worker.amp.record.rows import Attribution, EngineEvent, EventLevel, FinishedStep, StepRow
 
 QUIET_STEPS = 100
 """After an incident was told, others of its kind are only counted for so many steps."""
@@ -38,6 +40,7 @@ class Supervisor:
         self._budget_told = False
         self._told: dict[str, int] = {}
         self._untold: dict[str, int] = {}
+        self._first_seen = _NOWHERE
         self.consecutive_skips = 0
         self.last_overflow: dict[str, Any] | None = None
 
@@ -85,6 +88,7 @@ class Supervisor:
             "untold": dict(self._untold),
             "consecutive_skips": self.consecutive_skips,
             "last_overflow": self.last_overflow,
+            "first_seen": [self._first_seen.layer, self._first_seen.kind, self._first_seen.verdict],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -97,6 +101,8 @@ class Supervisor:
         self._untold = dict(state["untold"])
         self.consecutive_skips = state["consecutive_skips"]
         self.last_overflow = state["last_overflow"]
+        layer, kind, verdict = state.get("first_seen", (None, "unknown", None))  # absent before it was kept
+        self._first_seen = Attribution(layer=layer, kind=kind, verdict=verdict)
 
     def _observe(self, done: FinishedStep) -> None:
         row, cause = done.row, done.cause
@@ -105,14 +111,13 @@ class Supervisor:
         if cause is None:
             self.consecutive_skips = 0
         else:
-            self._count_bad(row, cause, done.attribution or Attribution(layer=None, kind="unknown"))
+            self._count_bad(row, cause, done.attribution or _NOWHERE)
         if done.range_exhausted:
             self._tell(
                 "range_exhausted",
                 "warning",
-                f"gradients underflow FP16 at max_scale {self._config.max_scale:g}: use precision_level "
-                f"'bf16', "
-                "or raise max_scale",
+                f"gradients underflow FP16 at max_scale {self._config.max_scale:g}. "
+                + advice("range_exhausted", self._config, dtype=row.compute_dtype),
                 row.step,
                 {"scale": row.scale, "underflow_estimate": row.underflow_estimate},
             )
@@ -121,9 +126,8 @@ class Supervisor:
             self._tell(
                 "overflow_budget_exceeded",
                 "warning",
-                f"{self._overflows} of {self._steps} steps were lost to overflow, more than "
-                f"overflow_threshold "
-                f"{self._config.overflow_threshold:g} allows",
+                f"{self._overflows} of {self._steps} steps were lost to overflow, "
+                f"more than overflow_threshold {self._config.overflow_threshold:g} allows",
                 row.step,
                 {"overflow_rate": self.overflow_rate, "overflow_threshold": self._config.overflow_threshold},
             )
@@ -134,12 +138,15 @@ class Supervisor:
         incident = {"step": row.step, "layer": layer, "kind": kind}
         if row.overflow:
             self.last_overflow = incident
+        # Only the first step of a run of bad ones is repeated: what it showed is told of them all.
+        if self.consecutive_skips == 1 or self._first_seen.layer is None:
+            self._first_seen = attribution
         if self.consecutive_skips == 1:
             self._tell(
                 "overflow" if row.overflow else "nan",
                 "info" if row.overflow else "warning",
                 f"step {row.step} was {'skipped' if row.skipped else 'not finite'}: {_SENTENCES[cause]}"
-                + (f", first seen in '{layer}' ({kind})" if layer else ""),
+                f"{_seen(attribution)}",
                 row.step,
                 incident
                 | {
@@ -153,29 +160,25 @@ class Supervisor:
                 },
             )
         if self._failure is None:
-            self._failure = self._failed(row, cause, layer)
+            self._failure = self._failed(row, cause)
 
-    def _failed(self, row: StepRow, cause: Cause, layer: str | None) -> NonFiniteError | None:
-        where = f" in '{layer}'" if layer else ""
+    def _failed(self, row: StepRow, cause: Cause) -> NonFiniteError | None:
+        seen = self._first_seen
+        told = f"{_SENTENCES[cause]}{_seen(seen)}"
+        remedy = advice(cause, self._config, dtype=row.compute_dtype, verdict=seen.verdict, layer=seen.layer)
+        kind: type[NonFiniteError]
         if self.consecutive_skips >= self._config.max_consecutive_skips:
-            return TooManySkips(
-                f"{self.consecutive_skips} steps in a row were not finite, the last one at step "
-                f"{row.step}{where}: "
-                f"{_SENTENCES[cause]}. {_REMEDIES[cause]}",
-                cause=cause,
-                layer=layer,
-                step=row.step,
-            )
-        handled = self._config.overflow_handling if row.overflow else self._config.nan_handling
-        if handled or not self._config.enabled:
-            return None
-        field = "overflow_handling" if row.overflow else "nan_handling"
-        failure = NonFiniteLoss if cause == "non_finite_loss" else NonFiniteGradient
-        return failure(
-            f"step {row.step}: {_SENTENCES[cause]}{where}, and {field} is false. {_REMEDIES[cause]}",
-            cause=cause,
-            layer=layer,
-            step=row.step,
+            skips, kind = self.consecutive_skips, TooManySkips
+            message = f"{skips} steps in a row were not finite, {row.step - skips + 1} to {row.step}: {told}"
+        else:
+            handled = self._config.overflow_handling if row.overflow else self._config.nan_handling
+            if handled or not self._config.enabled:
+                return None
+            field = "overflow_handling" if row.overflow else "nan_handling"
+            kind = NonFiniteLoss if cause == "non_finite_loss" else NonFiniteGradient
+            message = f"step {row.step}: {told}, and {field} is false"
+        return kind(
+            f"{message}. {remedy}", cause=cause, layer=seen.layer, step=row.step, verdict=seen.verdict
         )
 
     def _tell(self, kind: str, level: EventLevel, message: str, step: int, data: dict[str, Any]) -> None:
@@ -196,9 +199,14 @@ _SENTENCES: dict[Cause, str] = {
     "non_finite_loss": "its loss was not finite",
     "scale_exhausted": "its gradients were not finite at the smallest scale allowed",
 }
-_REMEDIES: dict[Cause, str] = {
-    "non_finite_gradients": "Lower the learning rate or initial_scale, or use precision_level 'bf16'",
-    "non_finite_loss": "Look for bad samples, lower the learning rate, or use precision_level 'bf16' or "
-    "'fp32'",
-    "scale_exhausted": "Use precision_level 'bf16' or 'fp32', or lower min_scale",
+_VERDICTS: dict[Verdict | None, str] = {
+    "precision": "; the same step is finite in FP32",
+    "data_or_model": "; the same step is not finite in FP32 either",
+    None: "",
 }
+_NOWHERE = Attribution(layer=None, kind="unknown")
+
+
+def _seen(attribution: Attribution) -> str:
+    where = f", first seen in '{attribution.layer}' ({attribution.kind})" if attribution.layer else ""
+    return where + _VERDICTS[attribution.verdict]

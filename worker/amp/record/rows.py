@@ -7,9 +7,9 @@ in `supervision`.
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from halfstep.worker.amp.errors import Cause
+from halfstep.service.contract.precision import ComputeDtype
+from halfstep.worker.amp.errors import Cause, Verdict
 
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
 EventLevel = Literal["info", "warning", "error"]
 
 
@@ -77,7 +77,7 @@ class Attribution:
     kind: Literal["forward", "backward", "unknown"]
     where: str | None = None
     largest_finite: float | None = None
-    verdict: Literal["precision", "data_or_model"] | None = None
+    verdict: Verdict | None = None
 
 
 class FinishedStep(NamedTuple):

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from halfstep.service.contract.precision import ComputeDtype
 from halfstep.worker.amp.errors import Cause
 from halfstep.worker.amp.layers import ParameterOrder
 from halfstep.worker.amp.record.memory import MemorySample
 from halfstep.worker.amp.record.ring import HEAD, Rows, StepRing
-from halfstep.worker.amp.record.rows import Attribution, ComputeDtype, FinishedStep, StepRow
+from halfstep.worker.amp.record.rows import Attribution, FinishedStep, StepRow
 from halfstep.worker.amp.update.learning_rates import Schedule
 
 Flags = npt.NDArray[np.bool_]

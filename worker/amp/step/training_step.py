@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from halfstep.service.contract.precision import MixedPrecisionConfig
+from halfstep.service.contract.precision import ComputeDtype, MixedPrecisionConfig
 from halfstep.worker.amp.batches import samples_in, shapes_of, to_device
 from halfstep.worker.amp.diagnosis.repetition import IncidentProbe
 from halfstep.worker.amp.errors import SetupError, StepError
@@ -22,7 +22,7 @@ from halfstep.worker.amp.layers import ParameterOrder
 from halfstep.worker.amp.policies import PrecisionPolicy
 from halfstep.worker.amp.record.memory import MemoryMonitor, MemorySample
 from halfstep.worker.amp.record.ring import HEAD, StepRing
-from halfstep.worker.amp.record.rows import Attribution, ComputeDtype, FinishedStep
+from halfstep.worker.amp.record.rows import Attribution, FinishedStep
 from halfstep.worker.amp.record.step_clock import StepClock
 from halfstep.worker.amp.record.step_record import HostPart, StepRecord, Terms
 from halfstep.worker.amp.step.ending import DeviceEnding, Ended, Ending, HostEnding, Parts
