@@ -19,6 +19,7 @@ from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, Reas
 from halfstep.service.errors import Conflict, NotFound, StaleFence
 from halfstep.service.store.event_rows import NewEvent, storable, write_events
 from halfstep.service.store.sql.clock import db_now
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_stats, job_transitions, jobs
 
 log = structlog.get_logger(__name__)
@@ -114,8 +115,7 @@ def get(s: Session, job_id: str, *, tenant: str | None) -> Job:
         NotFound: there is none, or it is another tenant's.
     """
     query = select(*JOB_COLUMNS).where(jobs.c.id == known_shape(job_id))
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
+    query = of_tenant(query, jobs.c.tenant, tenant)
     row = s.execute(query).one_or_none()
     if row is None:
         raise absent(job_id)
@@ -129,8 +129,7 @@ def lock(s: Session, job_id: str, *, tenant: str | None) -> Job:
         NotFound: there is none, or it is another tenant's.
     """
     query = select(*JOB_COLUMNS).where(jobs.c.id == known_shape(job_id))
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
+    query = of_tenant(query, jobs.c.tenant, tenant)
     row = s.execute(query.with_for_update(key_share=True)).one_or_none()
     if row is None:
         raise absent(job_id)

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract.states import JobState
 from halfstep.service.store.job_rows import JOB_COLUMNS, Job, Transition, absent, job_from
 from halfstep.service.store.sql.clock import db_now
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_tags, job_transitions, jobs
 
 
@@ -67,8 +68,7 @@ def list_jobs(
     by one of its pairs of key and value.
     """
     query = select(*JOB_COLUMNS).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
+    query = of_tenant(query, jobs.c.tenant, tenant)
     if states:
         query = query.where(jobs.c.state.in_(sorted(states)))
     if name is not None:

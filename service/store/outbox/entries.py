@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.contract.actors import Actor
 from halfstep.service.store.job_rows import AnyRow
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_events, outbox
 
 
@@ -71,8 +72,7 @@ def read(
         .order_by(outbox.c.position)
         .limit(limit)
     )
-    if tenant is not None:
-        query = query.where(outbox.c.tenant == tenant)
+    query = of_tenant(query, outbox.c.tenant, tenant)
     if types:
         query = query.where(outbox.c.type.in_(sorted(types)))
     entries = [_entry(row) for row in s.execute(query)]

@@ -18,6 +18,7 @@ from halfstep.service.store.events import Event
 from halfstep.service.store.job_rows import absent, known_shape
 from halfstep.service.store.record import reading
 from halfstep.service.store.record.reading import MetricPage
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_stats, jobs
 
 
@@ -71,8 +72,7 @@ def standing(s: Session, job_id: str, *, tenant: str | None = None) -> Standing:
         NotFound: there is no such job, or it is another tenant's.
     """
     query = _STANDING.where(jobs.c.id == known_shape(job_id))
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
+    query = of_tenant(query, jobs.c.tenant, tenant)
     row = s.execute(query).one_or_none()
     if row is None:
         raise absent(job_id)

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from halfstep.service.contract.states import JobState
 from halfstep.service.store.job_rows import AnyRow, Job, absent, known_shape
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_stats, jobs
 
 
@@ -65,8 +66,7 @@ def summarise(s: Session, job_id: str, *, tenant: str | None = None) -> Stats:
         NotFound: there is no such job, or it is another tenant's.
     """
     query = _QUERY.where(job_stats.c.job_id == known_shape(job_id))
-    if tenant is not None:
-        query = query.where(jobs.c.tenant == tenant)
+    query = of_tenant(query, jobs.c.tenant, tenant)
     row = s.execute(query).one_or_none()
     if row is None:
         raise absent(job_id)

@@ -17,6 +17,7 @@ from halfstep.service.errors import FieldProblem, InvalidRequest, NotFound
 from halfstep.service.store.job_rows import AnyRow
 from halfstep.service.store.sql.clock import db_now
 from halfstep.service.store.sql.ids import new_job_id
+from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.sql.upsert import insert_new
 from halfstep.service.store.tables import api_keys
 
@@ -106,8 +107,7 @@ def any_active(s: Session) -> bool:
 def list_keys(s: Session, tenant: str | None = None) -> list[ApiKey]:
     """The keys, oldest first, revoked and expired ones too."""
     query = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
-    if tenant is not None:
-        query = query.where(api_keys.c.tenant == tenant)
+    query = of_tenant(query, api_keys.c.tenant, tenant)
     return [_key_from(row) for row in s.execute(query)]
 
 
