@@ -159,12 +159,7 @@ def _dry_run(api: Api, spec: dict[str, Any], console: Console, *, as_json: bool)
     workers = answer.get("capable_workers")
     console.print(f"valid; live workers that could run it: {workers}", soft_wrap=True)
     for warning in answer.get("warnings") or ():
-        text = (
-            f"{warning.get('pointer', '')}  {warning.get('detail', '')}"
-            if isinstance(warning, dict)
-            else str(warning)
-        )
-        console.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        console.print(Text.assemble(("warning: ", "yellow"), str(warning)), soft_wrap=True)
 
 
 def _watch(api: Api, job_id: str, console: Console, *, as_json: bool) -> None:

@@ -6,7 +6,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from halfstep.service.api.answers.wire import json_bytes
-from halfstep.service.contract import answers, examples
+from halfstep.service.contract import answers
+from halfstep.service.contract.answers import examples
 from halfstep.service.contract.states import JobState
 
 from .conftest import Trainer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from halfstep.service.api import create_app
-from halfstep.service.contract import examples
+from halfstep.service.contract.answers import examples
 from halfstep.service.settings import Settings
 from halfstep.service.store.fleet import components, workers
 from halfstep.service.store.sql.database import Database

@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 
 from halfstep.service.api import create_app
 from halfstep.service.api.export import render
-from halfstep.service.contract import answers, examples
+from halfstep.service.contract import answers
+from halfstep.service.contract.answers import examples
 from halfstep.service.contract.spec import JobSpec, RetryRequest
 from halfstep.service.contract.states import JobState
 from halfstep.service.settings import Settings

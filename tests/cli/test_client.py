@@ -300,14 +300,14 @@ def test_dry_run_stores_nothing_and_shows_warnings(serve, halfstep, spec) -> Non
         "valid": True,
         "resolved": {},
         "capable_workers": 2,
-        "warnings": [{"pointer": "/precision", "detail": "fp16 on a CPU is slow"}],
+        "warnings": ["precision_level: fp16 on a CPU is slow"],
     }
     stub = serve(lambda asked: Answer(200, resolved))
     ran = halfstep("submit", spec, "--dry-run")
     assert stub.asked[0].query == [("dry_run", "true")]
     assert ran.out.splitlines() == [
         "valid; live workers that could run it: 2",
-        "warning: /precision  fp16 on a CPU is slow",
+        "warning: precision_level: fp16 on a CPU is slow",
     ]
 
 

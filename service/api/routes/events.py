@@ -23,8 +23,8 @@ from halfstep.service.api.following.tenant_events import Selection, TenantEvents
 from halfstep.service.api.requests.cursors import LATEST, events_cursor, events_position
 from halfstep.service.api.requests.parameters import KnownQuery, wrong_header, wrong_query
 from halfstep.service.contract.answers import TenantEventPage
+from halfstep.service.contract.answers.examples import TENANT_EVENT_STREAM
 from halfstep.service.contract.events import EventType
-from halfstep.service.contract.examples import TENANT_EVENT_STREAM
 from halfstep.service.store.outbox import Page
 
 router = APIRouter(prefix="/events", tags=["progress"], dependencies=[KnownQuery])

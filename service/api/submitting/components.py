@@ -15,12 +15,12 @@ from jsonschema.exceptions import ValidationError, best_match
 from referencing import Registry
 
 from halfstep.service.api.requests.pointers import pointer, suggestion
+from halfstep.service.contract.components import COMPONENT_KINDS
 from halfstep.service.contract.spec import ComponentRef, JobSpec
 from halfstep.service.errors import FieldProblem
 from halfstep.service.store.fleet.components import ComponentInfo
 
 Catalogue = Mapping[tuple[str, str], ComponentInfo]
-KINDS = ("model", "dataset", "loss", "optimizer", "scheduler")
 LOSS_BY_TASK = {"classification": "cross_entropy", "language": "cross_entropy", "regression": "mse"}
 
 _MOST_PROBLEMS = 20
@@ -56,7 +56,7 @@ _log = structlog.get_logger(__name__)
 
 def components_of(spec: JobSpec) -> Iterator[tuple[str, ComponentRef]]:
     """Each component that `spec` names, with its kind."""
-    for kind in KINDS:
+    for kind in COMPONENT_KINDS:
         reference = getattr(spec, kind)
         if reference is not None:
             yield kind, reference

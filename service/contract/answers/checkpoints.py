@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
+from halfstep.service.contract.answers.examples import CHECKPOINT
 from halfstep.service.contract.answers.values import Answer, Number, Timestamp, with_example
-from halfstep.service.contract.examples import CHECKPOINT
 
 
 class Checkpoint(Answer):

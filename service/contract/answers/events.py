@@ -5,10 +5,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from halfstep.service.contract.actors import ActorKind
+from halfstep.service.contract.answers.examples import (
+    EVENTS,
+    STREAM_END,
+    STREAM_METRICS,
+    STREAM_STATE,
+    TENANT_EVENTS,
+)
 from halfstep.service.contract.answers.jobs import Reason
 from halfstep.service.contract.answers.values import Answer, Cell, JobId, Open, Timestamp, with_example
 from halfstep.service.contract.events import EventType
-from halfstep.service.contract.examples import EVENTS, STREAM_END, STREAM_METRICS, STREAM_STATE, TENANT_EVENTS
 from halfstep.service.contract.states import JobState
 
 

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from halfstep.service.contract.answers.examples import COMPONENT, WORKER
 from halfstep.service.contract.answers.values import Answer, Open, Timestamp, with_example
 from halfstep.service.contract.components import ComponentKind
-from halfstep.service.contract.examples import COMPONENT, WORKER
 from halfstep.service.contract.speed import DtypeSpeed
 
 

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from halfstep.service.contract.answers.examples import JOB, RESOLVED
 from halfstep.service.contract.answers.progress import Stats
 from halfstep.service.contract.answers.values import Answer, JobId, Open, Timestamp, with_example
-from halfstep.service.contract.examples import JOB, RESOLVED
 from halfstep.service.contract.states import JobState, ReasonCode
 
 

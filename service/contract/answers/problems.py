@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from halfstep.service.contract.answers.examples import PROBLEM
 from halfstep.service.contract.answers.values import with_example
-from halfstep.service.contract.examples import PROBLEM
 
 
 class WrongPlace(BaseModel):

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from halfstep.service.contract import columns
+from halfstep.service.contract.answers.examples import METRICS, STATS
 from halfstep.service.contract.answers.values import (
     Answer,
     Cell,
@@ -16,7 +17,6 @@ from halfstep.service.contract.answers.values import (
     Timestamp,
     with_example,
 )
-from halfstep.service.contract.examples import METRICS, STATS
 from halfstep.service.contract.precision import MixedPrecisionMode, PrecisionLevel
 from halfstep.service.contract.states import JobState
 

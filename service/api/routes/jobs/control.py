@@ -18,7 +18,7 @@ from halfstep.service.api.requests.known_keys import Caller
 from halfstep.service.api.requests.parameters import IdempotencyKey, JobPath, KnownQuery
 from halfstep.service.api.submitting.document import read_retry
 from halfstep.service.contract.answers import Job
-from halfstep.service.contract.examples import RETRIES
+from halfstep.service.contract.answers.examples import RETRIES
 from halfstep.service.contract.spec import RetryRequest
 from halfstep.service.contract.states import JobState
 from halfstep.service.queue import wake_worker

@@ -18,7 +18,7 @@ from halfstep.service.api.requests.cursors import cursor_after, position_of
 from halfstep.service.api.requests.parameters import PRINTABLE, IdempotencyKey, JobPath, KnownQuery
 from halfstep.service.api.submitting.intake import Order
 from halfstep.service.contract.answers import DryRun, Job, JobPage
-from halfstep.service.contract.examples import SUBMISSIONS
+from halfstep.service.contract.answers.examples import SUBMISSIONS
 from halfstep.service.contract.states import JobState
 from halfstep.service.files.storage import storage
 from halfstep.service.store import jobs as store

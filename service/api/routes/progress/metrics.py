@@ -20,7 +20,7 @@ from halfstep.service.api.requests.parameters import (
     wrong_query,
 )
 from halfstep.service.contract.answers import MetricsPage
-from halfstep.service.contract.examples import METRICS_CSV, METRICS_NDJSON
+from halfstep.service.contract.answers.examples import METRICS_CSV, METRICS_NDJSON
 from halfstep.service.store import jobs, record
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])

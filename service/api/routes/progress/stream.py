@@ -22,7 +22,7 @@ from halfstep.service.api.requests.parameters import (
     metric_columns,
     wrong_header,
 )
-from halfstep.service.contract.examples import STREAM
+from halfstep.service.contract.answers.examples import STREAM
 from halfstep.service.store.record.following import Position, Standing, standing
 
 router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
