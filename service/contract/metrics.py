@@ -4,7 +4,8 @@ Flags and scale of a row are that step's own, never cumulative. What each column
 and folded is in `columns`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -77,3 +78,24 @@ class Evaluation:
     loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float
+
+
+class StepTimes(NamedTuple):
+    """Figures of some step times, in the unit of the times."""
+
+    p50: float
+    p95: float
+    max: float
+
+
+def step_times(times: Collection[float]) -> StepTimes:
+    """The median, the 95th percentile and the maximum of these times; NaN without any.
+
+    A percentile is one of the times by the nearest-rank rule: the smallest that is not below that share of
+    all of them. The median of an even number is the upper one of the two in the middle.
+    """
+    if not times:
+        return StepTimes(math.nan, math.nan, math.nan)
+    ordered = sorted(times)
+    rank = -(-len(ordered) * 95 // 100)
+    return StepTimes(p50=ordered[len(ordered) // 2], p95=ordered[rank - 1], max=ordered[-1])

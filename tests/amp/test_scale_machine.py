@@ -124,15 +124,13 @@ def advance(scale: LossScale, kind: str, underflow: bool = False, norm: float = 
     twin = TWINS.setdefault(id(scale.config), LossScale(scale.config, torch.device("cpu"), active=True))
     twin.load_state_dict(before)
     grad_bad, loss_bad = torch.tensor(kind in {"overflow", "both"}), torch.tensor(kind in {"nan", "both"})
-    found = grad_bad | loss_bad
-    overflow = scale.overflow(grad_bad, loss_bad)
-    underflowed = torch.tensor(underflow) & ~found
+    underflowed = torch.tensor(underflow) & ~(grad_bad | loss_bad)
     exhausted = scale.update(
-        overflow=overflow, found=found, underflow=underflowed, grad_norm=torch.tensor(norm)
+        grad_bad=grad_bad, loss_bad=loss_bad, underflow=underflowed, grad_norm=torch.tensor(norm)
     )
     told = twin.update_seen(
-        overflow=bool(overflow),
-        found=bool(found),
+        grad_bad=bool(grad_bad),
+        loss_bad=bool(loss_bad),
         underflow=bool(underflowed),
         grad_norm=float(torch.tensor(norm)),
     )

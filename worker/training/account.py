@@ -82,15 +82,15 @@ class Account:
         """The summary's figures, from the engine's statistics and the run's own."""
         performance = stats["performance_metrics"]
         steps_per_second, samples_per_second = self.recent.rates()
-        p50, p95, longest = self.recent.quantiles_ms()
+        times = self.recent.step_times_ms()
         return LiveStats(
             current_scale=stats["current_scale"],
             memory_peak_bytes=self._memory_peak,
             steps_per_second=steps_per_second,
             samples_per_second=samples_per_second,
-            step_time_ms_p50=p50,
-            step_time_ms_p95=p95,
-            step_time_ms_max=longest,
+            step_time_ms_p50=times.p50,
+            step_time_ms_p95=times.p95,
+            step_time_ms_max=times.max,
             host_syncs_per_step=performance.get("host_syncs_per_step", math.nan),
             overflow_budget_exceeded=performance.get("overflow_budget_exceeded", False),
             last_overflow=stats["last_overflow"],

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfstep.service.contract.metrics import Evaluation
+from halfstep.worker.amp.batches import to_device
 from halfstep.worker.training.assembly import Criterion
 from halfstep.worker.training.data.batches import fetch
 from halfstep.worker.training.data.dataset import Dataset, Split, Task
@@ -35,7 +36,7 @@ def evaluate(
     Args:
         dataset: whose held-out split is read; it must have one.
         criterion: the job's own loss, a mean over its batch.
-        region: the engine's evaluation region, which gives the model's forward pass.
+        region: the engine's evaluation region, which gives the model's forward pass and moves its inputs.
         step: optimizer steps taken so far.
         batch_size: samples of a batch; the last one may be shorter.
         device: where the model is.
@@ -51,8 +52,8 @@ def evaluate(
     metric_of = _METRICS[dataset.info.task]
     with region as forward:
         for inputs, targets in _batches(split, batch_size):
-            wanted = _moved(targets, device)
-            output = forward(_moved(inputs, device))
+            wanted = to_device(targets, device)
+            output = forward(inputs)
             loss_sum += criterion(output, wanted).double() * len(targets)
             metric_sum += metric_of(output, wanted).double() * len(targets)
         loss, metric = (torch.stack([loss_sum, metric_sum]) / len(split)).tolist()
@@ -69,16 +70,6 @@ def _batches(split: Split, batch_size: int) -> Iterator[tuple[Any, Any]]:
     indices = torch.arange(len(split), device=split.device)
     for start in range(0, len(split), batch_size):
         yield fetch(split, indices[start : start + batch_size])
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:

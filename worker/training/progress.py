@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from halfstep.service.contract.metrics import StepMetrics
+from halfstep.service.contract.metrics import StepMetrics, StepTimes, step_times
 
 _WINDOW_STEPS = 1000
 _WINDOW_SECONDS = 10.0
@@ -66,9 +66,6 @@ class RecentSteps:
             return 0.0, 0.0
         return (last_steps - steps) / seconds, (last_samples - samples) / seconds
 
-    def quantiles_ms(self) -> tuple[float, float, float]:
-        """Median, 95th percentile and maximum of the step times in the window; NaN without any."""
-        if not self._times_ms:
-            return math.nan, math.nan, math.nan
-        ordered = sorted(self._times_ms)
-        return ordered[len(ordered) // 2], ordered[math.ceil(len(ordered) * 0.95) - 1], ordered[-1]
+    def step_times_ms(self) -> StepTimes:
+        """The median, the 95th percentile and the maximum of the step times in the window, in ms."""
+        return step_times(self._times_ms)

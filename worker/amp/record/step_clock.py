@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from halfstep.service.contract.metrics import step_times
 from halfstep.worker.amp.record.ring import RING_STEPS
 
 _WINDOW_STEPS = 1000
@@ -112,14 +113,10 @@ class StepClock:
         if not self._times_ms:
             return {}
         seconds = sum(self._times_ms) / 1e3
-        ordered = sorted(self._times_ms)
+        times = step_times(self._times_ms)
         return {
-            "steps_per_second": len(ordered) / seconds if seconds > 0 else 0.0,
+            "steps_per_second": len(self._times_ms) / seconds if seconds > 0 else 0.0,
             "samples_per_second": sum(self._samples) / seconds if seconds > 0 else 0.0,
-            "step_time_ms": {
-                "p50": ordered[len(ordered) // 2],
-                "p95": ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
-                "max": self._max_ms,
-            },
+            "step_time_ms": {"p50": times.p50, "p95": times.p95, "max": self._max_ms},
             "host_syncs_per_step": self._host_syncs / self._steps,
         }

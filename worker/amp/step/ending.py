@@ -2,7 +2,8 @@
 
 Twice, with one result to the bit. `DeviceEnding` is tensors from end to end: on a GPU the host never waits
 in it, and a graph can hold it. `HostEnding` is for a CPU, where the device's memory is the host's own, so
-that numbers cost less than tensors of one element, and a check that the norm answers need not be made.
+that numbers cost less than tensors of one element, and a check that the norm answers need not be made. What
+that is worth is in docs/decisions/0006-two-ways-to-end-a-step.md.
 """
 
 import math
@@ -92,7 +93,7 @@ class DeviceEnding:
         if policy.compute_dtype is torch.float16:
             underflow = underflows(used, grad_norm, gradients.rounding, config.underflow_threshold) & ~bad
         exhausted = scale.update(
-            overflow=scale.overflow(grad_bad, loss_bad), found=bad, underflow=underflow, grad_norm=grad_norm
+            grad_bad=grad_bad, loss_bad=loss_bad, underflow=underflow, grad_norm=grad_norm
         )
         row = ring.append((loss, grad_norm, used, scale.scale, grad_bad, exhausted), norms)
         return Ended(row, skipped, host_syncs)
@@ -148,7 +149,8 @@ class HostEnding:
         # A finite norm has finite elements. An infinite one may be a sum that FP32 could not hold.
         if not math.isfinite(norm) and not grad_bad:
             grad_bad = self._check(tensors, self._one)
-        bad = grad_bad or not math.isfinite(loss_value)
+        loss_bad = not math.isfinite(loss_value)
+        bad = grad_bad or loss_bad
         most = config.max_grad_norm
         if most is not None and not norm + 2e-6 < 0.999 * most:  # else the factor is 1 for certain
             kernels.multiply(tensors, clip_factor(grad_norm, most))
@@ -168,8 +170,9 @@ class HostEnding:
                 underflows(scale.scale, grad_norm, gradients.rounding, config.underflow_threshold)
             )
             underflow = self._seen[0] > 0
-        overflow = scale.active and grad_bad and math.isfinite(loss_value) and used > config.min_scale
-        exhausted = scale.update_seen(overflow=overflow, found=bad, underflow=underflow, grad_norm=norm)
+        exhausted = scale.update_seen(
+            grad_bad=grad_bad, loss_bad=loss_bad, underflow=underflow, grad_norm=norm
+        )
         head = (loss_value, norm, used, scale.value, float(grad_bad), float(exhausted))
         ring.put(head, norms)
         return Ended(head, config.enabled and bad, host_syncs)

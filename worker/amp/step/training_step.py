@@ -372,7 +372,7 @@ class TrainingStep:
             enabled=self._config.enabled,
             scales=self.loss_scale.active,
             compute_dtype=cast("ComputeDtype", str(self._policy.compute_dtype).removeprefix("torch.")),
-            min_scale=self._config.min_scale,
+            min_scale=self.loss_scale.least,
             underflow_threshold=self._config.underflow_threshold,
         )
 

@@ -49,6 +49,7 @@ class LossScale:
     Attributes:
         config: its rule's settings.
         active: whether losses are scaled; where not, S is 1 and nothing moves.
+        least: min_scale as FP32 holds it, which S never falls below.
         scale: S of the current step, float32, 0-d.
         inverse: 1/S, computed in float64 as torch's GradScaler does, float32, 0-d.
     """
@@ -56,6 +57,7 @@ class LossScale:
     def __init__(self, config: MixedPrecisionConfig, device: torch.device, *, active: bool) -> None:
         self.config = config
         self._dynamic = config.dynamic_loss_scaling
+        self.least = float(np.float32(config.min_scale))
         self._refuted_wait = float(
             max(
                 config.scale_window,
@@ -80,19 +82,13 @@ class LossScale:
         fresh = [0.0, float(self.config.hysteresis), float(_LONGEST_WAIT), 0.0, 0.0]
         self._counters.copy_(torch.tensor(fresh, dtype=torch.float64))
 
-    def overflow(self, grad_bad: Tensor, loss_bad: Tensor) -> Tensor:
-        """Whether this step's non-finite gradients are of the kind that a smaller scale cures (bool, 0-d)."""
-        if not self.active:
-            return self._never
-        return grad_bad & ~loss_bad & (self.scale > self.config.min_scale)
-
-    def update(self, *, overflow: Tensor, found: Tensor, underflow: Tensor, grad_norm: Tensor) -> Tensor:
+    def update(self, *, grad_bad: Tensor, loss_bad: Tensor, underflow: Tensor, grad_norm: Tensor) -> Tensor:
         """Move the scale at the end of a step.
 
         Args:
-            overflow: as returned by `overflow` for this step.
-            found: the step was skipped.
-            underflow: the step was applied and its underflow estimate is above the threshold.
+            grad_bad: a gradient is not finite.
+            loss_bad: the loss is not finite.
+            underflow: both are, and the step's underflow estimate is above the threshold.
             grad_norm: L2 norm of the unscaled gradients.
             All are 0-d tensors on the device, the first three bool.
 
@@ -103,7 +99,7 @@ class LossScale:
             return self._never
         exhausted: Tensor
         target, counters, exhausted = self._moved(
-            _ON_TENSORS, self.scale.double(), self._of_counters, overflow, found, underflow, grad_norm
+            _ON_TENSORS, self.scale.double(), self._of_counters, grad_bad, loss_bad, underflow, grad_norm
         )
         torch.stack(counters, out=self._counters)
         self.scale.copy_(target)
@@ -115,12 +111,18 @@ class LossScale:
         """S, as the host sees it in its own memory: on a CPU alone."""
         return float(self._seen_scale)
 
-    def update_seen(self, *, overflow: bool, found: bool, underflow: bool, grad_norm: float) -> bool:
+    def update_seen(self, *, grad_bad: bool, loss_bad: bool, underflow: bool, grad_norm: float) -> bool:
         """As `update`, by the host in its own memory: on a CPU alone, and to the same bits."""
         if not self.active or not self._dynamic:
             return False
         target, counters, exhausted = self._moved(
-            _ON_NUMBERS, self.value, self._seen_counters.tolist(), overflow, found, underflow, grad_norm
+            _ON_NUMBERS,
+            self.value,
+            self._seen_counters.tolist(),
+            grad_bad,
+            loss_bad,
+            underflow,
+            grad_norm,
         )
         self._seen_counters[:] = counters
         self._seen_scale[()] = target
@@ -132,8 +134,8 @@ class LossScale:
         on: _Arithmetic,
         scale: Any,
         counters: Any,
-        overflow: Any,
-        found: Any,
+        grad_bad: Any,
+        loss_bad: Any,
         underflow: Any,
         grad_norm: Any,
     ) -> tuple[Any, tuple[Any, ...], Any]:
@@ -143,6 +145,10 @@ class LossScale:
         """
         config = self.config
         good, hysteresis, since_growth, refuted, underflowed = counters
+        # Non-finite gradients of the kind that a smaller scale cures. Against min_scale as S can hold it:
+        # one that FP32 rounds up would never seem to be reached.
+        overflow = grad_bad & (loss_bad ^ True) & (scale > self.least)
+        found = grad_bad | loss_bad
         hysteresis = hysteresis - overflow * 1.0
         back = overflow & (hysteresis <= 0)
         good = (good + 1.0) * (found ^ True)
