@@ -9,8 +9,10 @@ from itertools import zip_longest
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from halfstep.service.contract.states import JobState
+from halfstep.service.store.outbox.sequencing import sequence
 from halfstep.service.store.sql.database import Database
 from tests.e2e.cluster import SOURCES
 from tests.frozen.exchanges import Answer, Exchange, serving
@@ -88,14 +90,31 @@ def test_processes_of_the_frozen_version_work_on_beside_newer_ones(
 ) -> None:
     """A worker, a dispatcher and an API of 0.1 send what they sent; today's API tells the same of it."""
     database = Database(migrated_url)
+    before = events_told(database)
     for transaction in json.loads(lzma.decompress((DATA / "statements.json.xz").read_bytes()))[
         database.dialect
     ]:
         with database.begin() as session:
             for statement, parameters in transaction:
                 session.connection().exec_driver_sql(statement, bound(parameters))
+    after = events_told(database)
+    with database.begin() as session:
+        while sequence(session):
+            pass
+        placed = session.execute(text("SELECT job_id, seq FROM outbox ORDER BY position")).all()
+    written = {job_id: list(range(before.get(job_id, 0) + 1, last + 1)) for job_id, last in after.items()}
+    in_order = {job_id: [seq for of, seq in placed if of == job_id] for job_id in after}
+    assert in_order == written, "the order over all jobs lacks events that the older version wrote"
+    assert placed
     database.dispose()
     assert_answers("beside", installed, migrated_url)
+
+
+def events_told(database: Database) -> dict[str, int]:
+    """How many events each job has."""
+    with database.read() as session:
+        rows = session.execute(text("SELECT job_id, last_event FROM job_stats")).all()
+    return {str(job_id): int(last) for job_id, last in rows}
 
 
 def bound(parameters: Any) -> Any:
