@@ -20,7 +20,7 @@ from halfstep.service.api.requests.request_log import RequestIds
 from halfstep.service.api.routes import components, docs, health, workers
 from halfstep.service.api.routes import events as all_events
 from halfstep.service.api.routes.jobs import checkpoints, control, jobs
-from halfstep.service.api.routes.progress import events, metrics, stats, stream
+from halfstep.service.api.routes.progress import events, metrics, series, stats, stream
 from halfstep.service.api.submitting.intake import Intake
 from halfstep.service.settings import Settings
 from halfstep.service.store.sql.database import Database, connect
@@ -91,6 +91,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         checkpoints,
         stats,
         metrics,
+        series,
         events,
         stream,
         all_events,

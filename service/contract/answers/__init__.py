@@ -34,6 +34,7 @@ from halfstep.service.contract.answers.progress import (
     StatsPrecision,
     StepTime,
 )
+from halfstep.service.contract.answers.series import Series, SeriesList, SeriesPage
 from halfstep.service.contract.answers.values import Answer
 
 __all__ = [
@@ -57,6 +58,9 @@ __all__ = [
     "Problem",
     "Readiness",
     "Reason",
+    "Series",
+    "SeriesList",
+    "SeriesPage",
     "Stats",
     "StatsEvaluation",
     "StatsPrecision",

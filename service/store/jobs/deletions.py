@@ -16,13 +16,21 @@ from halfstep.service.errors import Conflict
 from halfstep.service.store.job_rows import absent, lock
 from halfstep.service.store.jobs.checkpoints import drop_checkpoints
 from halfstep.service.store.sql.clock import db_now
-from halfstep.service.store.tables import deletions, job_events, jobs, metric_chunks, metric_rollups
+from halfstep.service.store.tables import (
+    deletions,
+    job_events,
+    jobs,
+    metric_chunks,
+    metric_rollups,
+    series_chunks,
+)
 
 # Rows of one transaction: of chunks about a megabyte.
 SWEEP_ROWS = 64
 _SWEPT = (
     (metric_chunks, (metric_chunks.c.first_step,)),
     (metric_rollups, (metric_rollups.c.level, metric_rollups.c.first_step)),
+    (series_chunks, (series_chunks.c.name, series_chunks.c.first_step)),
     (job_events, (job_events.c.seq,)),
 )
 

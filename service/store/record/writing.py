@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from halfstep.service.contract import columns as table
 from halfstep.service.contract.metrics import Evaluation, LiveStats, StepMetrics
 from halfstep.service.errors import Conflict
-from halfstep.service.store import events
+from halfstep.service.store import events, series
 from halfstep.service.store.job_rows import AnyRow, lock_fenced, stale
 from halfstep.service.store.record import rows as record_rows
 from halfstep.service.store.record.totals import Totals
@@ -117,6 +117,7 @@ def evaluated(s: Session, job_id: str, fence: int, evaluation: Evaluation) -> No
     )
     if is_new is None:
         return
+    series.add(s, job_id, series.of_evaluation(evaluation))
     figures = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
     message = (
         f"step {evaluation.step}: {evaluation.split} loss {evaluation.loss:.4g}{figures and ', ' + figures}"
@@ -135,6 +136,7 @@ def truncate_after(s: Session, job_id: str, fence: int, step: int) -> int:
         raise ValueError(f"a record cannot be cut at step {step}")
     lock_fenced(s, job_id, fence)
     seen, values = _cut_back(s, job_id, step)
+    series.cut_back(s, job_id, step)
     if values:
         _update(s, _CHANGED, job_id, fence, seen, values)
     return max(0, seen - step)
@@ -146,6 +148,8 @@ def inherit(s: Session, job_id: str, *, source_id: str, step: int) -> None:
     Nobody may hold either of the two meanwhile: the caller has one locked, and has just made the other.
     """
     record_rows.copy(s, source_id, job_id, step)
+    series.copy(s, source_id, job_id, step)
+    series.cut_back(s, job_id, step)
     summary = s.execute(
         select(*(column for column in job_stats.columns if column.name not in _OWN)).where(
             job_stats.c.job_id == source_id

@@ -15,7 +15,7 @@ from halfstep.service.store.tables.jobs import (
     jobs,
 )
 from halfstep.service.store.tables.outbox import outbox, outbox_cursors, outbox_waiting
-from halfstep.service.store.tables.record import metric_chunks, metric_rollups
+from halfstep.service.store.tables.record import metric_chunks, metric_rollups, series_chunks
 from halfstep.service.store.tables.tenants import api_keys
 from halfstep.service.store.tables.types import ExactDouble, JsonText, metadata
 
@@ -38,5 +38,6 @@ __all__ = [
     "outbox",
     "outbox_cursors",
     "outbox_waiting",
+    "series_chunks",
     "workers",
 ]

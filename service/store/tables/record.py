@@ -1,6 +1,15 @@
-"""The step record: chunks of steps, and their roll-ups for plots."""
+"""The step record: chunks of steps, their roll-ups for plots, and the series beside them."""
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Integer, LargeBinary, PrimaryKeyConstraint, Table
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Integer,
+    LargeBinary,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+)
 
 from halfstep.service.store.tables.types import Id, metadata
 
@@ -31,4 +40,21 @@ metric_rollups = Table(
     Column("payload", LargeBinary, nullable=False),
     PrimaryKeyConstraint("job_id", "level", "first_step"),
     CheckConstraint("level >= 1 AND first_step >= 1 AND last_step > first_step", name="steps_in_order"),
+)
+
+# Points of a series in order of their steps. Chunks of one do not overlap: whoever adds has the job locked.
+series_chunks = Table(
+    "series_chunks",
+    metadata,
+    Column("job_id", Id, nullable=False),
+    Column(
+        "name",
+        String(200).with_variant(String(200, collation="C"), "postgresql"),
+        nullable=False,
+    ),
+    Column("first_step", BigInteger, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("job_id", "name", "first_step"),
+    CheckConstraint("first_step >= 0 AND last_step >= first_step", name="steps_in_order"),
 )
