@@ -206,8 +206,7 @@ class MixedPrecisionConfig(BaseModel):
         if self.min_scale > self.max_scale:
             reason = (
                 f"min_scale {self.min_scale:g} is above max_scale {self.max_scale:g}: lower min_scale or "
-                f"raise "
-                "max_scale"
+                "raise max_scale"
             )
             problems.append(("min_scale", reason))
         elif not self.min_scale <= self.initial_scale <= self.max_scale:
@@ -219,15 +218,13 @@ class MixedPrecisionConfig(BaseModel):
         if self._cell_can_scale and self.loss_scaling and not self.gradient_scaling:
             reason = (
                 "gradient_scaling is false while loss_scaling is true: the gradients would keep the scale "
-                "and the "
-                "learning rate would silently be multiplied by it; set both or neither"
+                "and the learning rate would silently be multiplied by it; set both or neither"
             )
             problems.append(("gradient_scaling", reason))
         if self.mode is MixedPrecisionMode.SELECTIVE and not self.selective_layers:
             reason = (
                 "selective_layers is empty and mode 'selective' lowers nothing else: name at least one "
-                "layer, or "
-                "use mode 'automatic'"
+                "layer, or use mode 'automatic'"
             )
             problems.append(("selective_layers", reason))
         return problems
@@ -366,8 +363,7 @@ def _scaling_warnings(
     if low_dtype == "bfloat16" and (config.loss_scaling or config.gradient_scaling):
         warnings.append(
             "loss_scaling, gradient_scaling: ignored under BF16, whose exponent range is FP32's; the scale "
-            "stays "
-            "1.0"
+            "stays 1.0"
         )
     if low_dtype == "float16" and not scaling:
         warnings.append(

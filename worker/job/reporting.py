@@ -1,8 +1,7 @@
 """From the training loop to SQL: a bounded queue, one thread, batched and fenced writes.
 
 All that waits when the thread comes by goes into one transaction, so that commits become fewer as they become
-slower.
-The loop never waits for the database until the bound is reached; then it does, so that nothing is
+slower. The loop never waits for the database until the bound is reached; then it does, so that nothing is
 dropped. It waits for as long as the lease is renewed: whoever supervises this process ends it when the lease
 cannot be. What goes wrong here is raised in the loop at its next report.
 """

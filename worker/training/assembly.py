@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from halfstep.service.contract.components import DEFAULT_LOSS
 from halfstep.service.contract.spec import ComponentRef, JobSpec
 from halfstep.worker.training.components import (
     DataInfo,
@@ -32,12 +33,6 @@ from halfstep.worker.training.errors import ComponentFailed, DataError, InvalidC
 from halfstep.worker.training.failures import ran_out_of_host_memory
 
 Criterion = Callable[[Any, Any], Tensor]
-
-_DEFAULT_LOSS = {
-    Task.CLASSIFICATION: "cross_entropy",
-    Task.LANGUAGE: "cross_entropy",
-    Task.REGRESSION: "mse",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +73,7 @@ def assemble(
     dataset = _built(Dataset, dataset_entry, dataset_entry.parse(spec.dataset.params), request)
     _require_fit(model_entry, dataset_entry, dataset.info)
     model = _built(nn.Module, model_entry, model_parameters, dataset.info).to(device)
-    loss = spec.loss or ComponentRef(name=_DEFAULT_LOSS[dataset.info.task])
+    loss = spec.loss or ComponentRef(name=DEFAULT_LOSS[dataset.info.task.value])
     criterion = _criterion(loss, spec.dataset.name, dataset.info)
     _require_output(spec.model.name, model, dataset, device)
     plan = plan_of(len(dataset.train))

@@ -14,9 +14,9 @@ class Observer(Protocol):
         """The components are built; None: nothing bounds the steps."""
 
     def resumed(self, step: int) -> None:
-        """Training goes on after `step` (0.
+        """Training goes on after `step`, or from the start where it is 0.
 
-        From the start). Returns once the record holds nothing beyond it.
+        Returns once the record holds nothing beyond it.
         """
 
     def steps(self, rows: Sequence[StepMetrics], live: LiveStats) -> None:

@@ -15,13 +15,12 @@ from jsonschema.exceptions import ValidationError, best_match
 from referencing import Registry
 
 from halfstep.service.api.requests.pointers import pointer, suggestion
-from halfstep.service.contract.components import COMPONENT_KINDS
+from halfstep.service.contract.components import COMPONENT_KINDS, DEFAULT_LOSS
 from halfstep.service.contract.spec import ComponentRef, JobSpec
 from halfstep.service.errors import FieldProblem
 from halfstep.service.store.fleet.components import ComponentInfo
 
 Catalogue = Mapping[tuple[str, str], ComponentInfo]
-LOSS_BY_TASK = {"classification": "cross_entropy", "language": "cross_entropy", "regression": "mse"}
 
 _MOST_PROBLEMS = 20
 _MOST_VALIDATORS = 1000
@@ -83,7 +82,7 @@ def with_defaults(spec: JobSpec, catalogue: Catalogue) -> JobSpec:
     blocks: dict[str, Any] = dict(components_of(spec))
     if spec.loss is None:
         dataset = catalogue.get(("dataset", spec.dataset.name))
-        name = LOSS_BY_TASK.get(str(dataset.extra.get("task"))) if dataset is not None else None
+        name = DEFAULT_LOSS.get(str(dataset.extra.get("task"))) if dataset is not None else None
         if name is not None and ("loss", name) in catalogue:
             blocks["loss"] = ComponentRef(name=name)
     for kind, reference in blocks.items():

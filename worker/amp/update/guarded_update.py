@@ -34,8 +34,7 @@ class GuardedUpdate:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise SetupError(
                 "optimizer: LBFGS evaluates the model several times a step, which a loss scale cannot "
-                "follow; "
-                "use Adam, AdamW, SGD or another optimizer whose step() takes no closure"
+                "follow; use Adam, AdamW, SGD or another optimizer whose step() takes no closure"
             )
         self._optimizer = optimizer
         self.on_device = kernels.fused_update_skips and _prepare_fused(optimizer)

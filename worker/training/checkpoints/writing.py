@@ -42,7 +42,6 @@ VERSION = 1
 HELD_OUT_LOSS = "held_out_loss"
 """The figure that decides which checkpoint is the best."""
 
-MAX_MANIFEST_BYTES = 65_536
 NAME = re.compile(r"^fence-(\d{6,})-step-(\d{10,})(?:-rollback-\d+)?(?:-again-\d+)?$")
 FETCHED = ".fetched-"
 """Begins the name of a directory in which files from a mirror are looked at."""
