@@ -7,9 +7,11 @@ import pytest
 from halfstep.service.cli.app import main
 from tests.cli.stub import Answer, Asked, Stub
 
+Serve = Callable[[Callable[[Asked], Answer]], Stub]
+
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Asked], Answer]], Stub]]:
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Start a scripted service and point HALFSTEP_URL at it."""
     made: list[Stub] = []
 
@@ -31,8 +33,11 @@ class Ran:
         self.code, self.out, self.err = code, out, err
 
 
+Run = Callable[..., Ran]
+
+
 @pytest.fixture
-def halfstep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def halfstep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `halfstep ARGUMENTS` in this process."""
     monkeypatch.setenv("COLUMNS", "200")
 

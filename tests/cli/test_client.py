@@ -1,16 +1,19 @@
 """The client commands against a scripted service: what is asked, what is shown, how they end."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from halfstep.service.client import watching
+from tests.cli.conftest import Run, Serve
 from tests.cli.stub import Answer, Asked
 
 ID = "01a208d3-6485-7a26-8d7f-6d81f0290b39"
 OTHER = "01a208d3-6999-7a26-8d7f-6d81f0290b39"
-STATS = {
+STATS: dict[str, Any] = {
     "job_id": ID,
     "state": "running",
     "is_terminal": False,
@@ -53,7 +56,7 @@ STATS = {
         "host_syncs_per_step": 0.0,
     },
 }
-JOB = {
+JOB: dict[str, Any] = {
     "id": ID,
     "name": "digits [amp]",
     "state": "running",
@@ -68,7 +71,7 @@ JOB = {
 }
 
 
-def over(state: str, **job) -> tuple[dict, dict]:
+def over(state: str, **job: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Final stats and Job."""
     return (
         {
@@ -83,7 +86,9 @@ def over(state: str, **job) -> tuple[dict, dict]:
     )
 
 
-def service(*, job=JOB, stats=STATS, items=(JOB,)) -> Callable[[Asked], Answer]:
+def service(
+    *, job: dict[str, Any] = JOB, stats: dict[str, Any] = STATS, items: Sequence[dict[str, Any]] = (JOB,)
+) -> Callable[[Asked], Answer]:
     def answer(asked: Asked) -> Answer:
         if asked.path == "/jobs" and asked.method == "POST":
             return Answer(202, job)
@@ -101,13 +106,13 @@ def service(*, job=JOB, stats=STATS, items=(JOB,)) -> Callable[[Asked], Answer]:
 
 
 @pytest.fixture
-def spec(tmp_path) -> str:
+def spec(tmp_path: Path) -> str:
     path = tmp_path / "job.yaml"
     path.write_text("name: digits\nmodel: {name: mlp}\ndataset: {name: digits}\n")
     return str(path)
 
 
-def test_submit_prints_the_id_alone_for_scripts(serve, halfstep, spec) -> None:
+def test_submit_prints_the_id_alone_for_scripts(serve: Serve, halfstep: Run, spec: str) -> None:
     stub = serve(service())
     ran = halfstep("submit", spec, "--key", "tk_abc", "--idempotency-key", "once")
     assert (ran.code, ran.out) == (0, f"{ID}\n")
@@ -119,7 +124,7 @@ def test_submit_prints_the_id_alone_for_scripts(serve, halfstep, spec) -> None:
 
 
 def test_the_key_may_come_from_the_environment_and_none_is_sent_without_one(
-    serve, halfstep, monkeypatch
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = serve(service())
     halfstep("jobs")
@@ -128,7 +133,7 @@ def test_the_key_may_come_from_the_environment_and_none_is_sent_without_one(
     assert [asked.headers.get("authorization") for asked in stub.asked] == [None, "Bearer tk_env"]
 
 
-def test_a_refusal_is_shown_with_each_place(serve, halfstep, spec) -> None:
+def test_a_refusal_is_shown_with_each_place(serve: Serve, halfstep: Run, spec: str) -> None:
     document = {
         "type": "about:blank",
         "title": "Unprocessable Content",
@@ -153,7 +158,7 @@ def test_a_refusal_is_shown_with_each_place(serve, halfstep, spec) -> None:
     ]
 
 
-def test_without_a_key_the_remedy_is_named(serve, halfstep) -> None:
+def test_without_a_key_the_remedy_is_named(serve: Serve, halfstep: Run) -> None:
     serve(lambda asked: Answer(401, {"title": "Unauthorized", "detail": "This server needs a key"}))
     ran = halfstep("jobs")
     assert ran.code == 1
@@ -162,7 +167,7 @@ def test_without_a_key_the_remedy_is_named(serve, halfstep) -> None:
 
 @pytest.mark.parametrize(("status", "body"), [(502, "<html>Bad gateway</html>"), (500, '["list"]')])
 def test_an_answer_that_is_no_problem_document_is_still_shown(
-    serve, halfstep, status: int, body: str
+    serve: Serve, halfstep: Run, status: int, body: str
 ) -> None:
     serve(lambda asked: Answer(status, body))
     ran = halfstep("jobs")
@@ -171,7 +176,7 @@ def test_an_answer_that_is_no_problem_document_is_still_shown(
     assert "Traceback" not in ran.err
 
 
-def test_something_else_at_the_address_is_named(serve, halfstep) -> None:
+def test_something_else_at_the_address_is_named(serve: Serve, halfstep: Run) -> None:
     serve(lambda asked: Answer(200, "<html>hello</html>"))
     ran = halfstep("jobs")
     assert ran.code == 1
@@ -187,14 +192,14 @@ def test_something_else_at_the_address_is_named(serve, halfstep) -> None:
         ("ftp://x", "http://HOST:PORT"),
     ],
 )
-def test_an_address_without_a_service(halfstep, url: str, says: str) -> None:
+def test_an_address_without_a_service(halfstep: Run, url: str, says: str) -> None:
     ran = halfstep("jobs", "--url", url)
     assert ran.code == 1
     assert ran.err.startswith("error: ")
     assert says in ran.err
 
 
-def test_a_bad_file_is_refused_before_anything_is_sent(serve, halfstep, tmp_path) -> None:
+def test_a_bad_file_is_refused_before_anything_is_sent(serve: Serve, halfstep: Run, tmp_path: Path) -> None:
     stub = serve(service())
     (tmp_path / "a.yaml").write_text("x: [")
     ran = halfstep("submit", str(tmp_path / "a.yaml"))
@@ -203,7 +208,7 @@ def test_a_bad_file_is_refused_before_anything_is_sent(serve, halfstep, tmp_path
     assert stub.asked == []
 
 
-def test_jobs_is_a_table_with_whole_ids(serve, halfstep, monkeypatch) -> None:
+def test_jobs_is_a_table_with_whole_ids(serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = serve(service())
     monkeypatch.setenv("COLUMNS", "60")
     ran = halfstep(
@@ -231,11 +236,11 @@ def test_jobs_is_a_table_with_whole_ids(serve, halfstep, monkeypatch) -> None:
     assert row.split()[:7] == [ID, "digits", "[amp]", "running", "120/450", "0.2131", "3"]
 
 
-def test_a_wrong_state_is_wrong_usage(halfstep) -> None:
+def test_a_wrong_state_is_wrong_usage(halfstep: Run) -> None:
     assert halfstep("jobs", "--state", "sleeping").code == 2
 
 
-def test_stats_shows_every_figure(serve, halfstep) -> None:
+def test_stats_shows_every_figure(serve: Serve, halfstep: Run) -> None:
     serve(service())
     ran = halfstep("stats", ID)
     assert ran.code == 0
@@ -261,7 +266,7 @@ def test_stats_shows_every_figure(serve, halfstep) -> None:
     assert figures["time"].endswith("1 min 15 s to go")
 
 
-def test_json_is_the_services_own_document(serve, halfstep, spec) -> None:
+def test_json_is_the_services_own_document(serve: Serve, halfstep: Run, spec: str) -> None:
     serve(service())
     assert json.loads(halfstep("stats", ID, "--json").out) == STATS
     assert json.loads(halfstep("jobs", "--json").out) == {"items": [JOB], "next_cursor": None}
@@ -269,7 +274,7 @@ def test_json_is_the_services_own_document(serve, halfstep, spec) -> None:
     assert json.loads(halfstep("cancel", ID, "--json").out)["state"] == "cancelling"
 
 
-def test_an_id_may_be_a_unique_beginning(serve, halfstep) -> None:
+def test_an_id_may_be_a_unique_beginning(serve: Serve, halfstep: Run) -> None:
     stub = serve(service(items=(JOB, {**JOB, "id": OTHER})))
     ran = halfstep("cancel", ID[:16].upper())
     assert (ran.code, ran.out) == (0, f"{ID} cancelling\n")
@@ -281,7 +286,7 @@ def test_an_id_may_be_a_unique_beginning(serve, halfstep) -> None:
     assert "not a job id" in halfstep("stats", "../keys").err
 
 
-def test_a_beginning_is_looked_for_page_by_page(serve, halfstep) -> None:
+def test_a_beginning_is_looked_for_page_by_page(serve: Serve, halfstep: Run) -> None:
     def answer(asked: Asked) -> Answer:
         if asked.path == "/jobs":
             last = ("cursor", "more") in asked.query
@@ -295,7 +300,7 @@ def test_a_beginning_is_looked_for_page_by_page(serve, halfstep) -> None:
     assert halfstep("cancel", ID[:16]).out == f"{ID} cancelling\n"
 
 
-def test_dry_run_stores_nothing_and_shows_warnings(serve, halfstep, spec) -> None:
+def test_dry_run_stores_nothing_and_shows_warnings(serve: Serve, halfstep: Run, spec: str) -> None:
     resolved = {
         "valid": True,
         "resolved": {},
@@ -312,7 +317,9 @@ def test_dry_run_stores_nothing_and_shows_warnings(serve, halfstep, spec) -> Non
 
 
 @pytest.mark.parametrize(("state", "code"), [("succeeded", 0), ("failed", 1), ("cancelled", 1)])
-def test_watching_ends_with_the_jobs_outcome(serve, halfstep, spec, state: str, code: int) -> None:
+def test_watching_ends_with_the_jobs_outcome(
+    serve: Serve, halfstep: Run, spec: str, state: str, code: int
+) -> None:
     reason = {"code": "out_of_memory_device", "message": "The device is full.", "detail": None}
     final, job = over(state, status_reason=reason if state == "failed" else None)
     serve(service(job=job, stats=final))
@@ -324,7 +331,9 @@ def test_watching_ends_with_the_jobs_outcome(serve, halfstep, spec, state: str, 
     assert ("out_of_memory_device: The device is full." in ran.out) == (state == "failed")
 
 
-def test_watching_asks_only_for_what_has_changed(serve, halfstep, monkeypatch) -> None:
+def test_watching_asks_only_for_what_has_changed(
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watching, "PAUSE_SECONDS", 0.01)
     final, ended = over("succeeded")
     script = [
@@ -349,7 +358,9 @@ def test_watching_asks_only_for_what_has_changed(serve, halfstep, monkeypatch) -
     assert [dict(poll.query).get("wait_seconds") for poll in polls] == [None, "10", "10", "10"]
 
 
-def test_watching_outlives_a_service_that_is_away_for_a_while(serve, halfstep, monkeypatch) -> None:
+def test_watching_outlives_a_service_that_is_away_for_a_while(
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watching, "FIRST_RETRY_SECONDS", 0.01)
     final, job = over("succeeded")
     script = [
@@ -371,7 +382,7 @@ def test_watching_outlives_a_service_that_is_away_for_a_while(serve, halfstep, m
 
 
 def test_watching_gives_up_in_the_end_and_at_once_where_waiting_is_no_help(
-    serve, halfstep, monkeypatch
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "FIRST_RETRY_SECONDS", 0.01)
     monkeypatch.setattr(watching, "AWAY_SECONDS", 0.2)
@@ -384,7 +395,9 @@ def test_watching_gives_up_in_the_end_and_at_once_where_waiting_is_no_help(
     assert "no such job" in ran.err
 
 
-def test_interrupting_the_view_leaves_the_job(serve, halfstep, monkeypatch) -> None:
+def test_interrupting_the_view_leaves_the_job(
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub = serve(service())
 
     def interrupted(seconds: float) -> None:

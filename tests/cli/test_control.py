@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import Run, Serve
 from tests.cli.stub import Answer, Asked
 
 ID = "01935b2e-7a6c-7c1e-9b1a-5f0c2d3e4f50"
@@ -39,21 +40,21 @@ def service(model: Callable[[Asked], Answer] = lambda _: Answer(200, WEIGHTS)) -
     return answer
 
 
-def test_pause_prints_what_the_job_is_now(serve, halfstep) -> None:
+def test_pause_prints_what_the_job_is_now(serve: Serve, halfstep: Run) -> None:
     stub = serve(service())
     assert halfstep("pause", ID).out == f"{ID} pausing\n"
     assert json.loads(halfstep("pause", ID, "--json").out)["state"] == "pausing"
     assert {(asked.method, asked.path) for asked in stub.asked} == {("POST", f"/jobs/{ID}/pause")}
 
 
-def test_a_conflict_is_told_with_its_reason(serve, halfstep) -> None:
+def test_a_conflict_is_told_with_its_reason(serve: Serve, halfstep: Run) -> None:
     serve(service())
     ran = halfstep("resume", ID)
     assert ran.code == 1
     assert "not over yet" in ran.err
 
 
-def test_retry_names_the_new_job(serve, halfstep) -> None:
+def test_retry_names_the_new_job(serve: Serve, halfstep: Run) -> None:
     stub = serve(service())
     assert halfstep("retry", ID).out == "child queued\n"
     halfstep("retry", ID, "--from-checkpoint", "20", "--idempotency-key", "k")
@@ -62,7 +63,7 @@ def test_retry_names_the_new_job(serve, halfstep) -> None:
     assert halfstep("retry", ID, "--from-checkpoint", "0").code == 2
 
 
-def test_checkpoints_are_a_table(serve, halfstep) -> None:
+def test_checkpoints_are_a_table(serve: Serve, halfstep: Run) -> None:
     serve(service())
     lines = halfstep("checkpoints", ID).out.splitlines()
     assert lines[0].split() == ["step", "size", "loss", "created", "sha256"]
@@ -71,7 +72,7 @@ def test_checkpoints_are_a_table(serve, halfstep) -> None:
 
 
 def test_the_newest_weights_are_downloaded_and_named(
-    serve, halfstep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, halfstep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = serve(service())
     monkeypatch.chdir(tmp_path)
@@ -86,7 +87,7 @@ def test_the_newest_weights_are_downloaded_and_named(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_download_goes_on_where_it_was_cut(serve, halfstep, tmp_path: Path) -> None:
+def test_a_download_goes_on_where_it_was_cut(serve: Serve, halfstep: Run, tmp_path: Path) -> None:
     def model(asked: Asked) -> Answer:
         if "range" not in asked.headers:
             return Answer(200, WEIGHTS[:70], promised=len(WEIGHTS))
@@ -105,21 +106,25 @@ def test_a_download_goes_on_where_it_was_cut(serve, halfstep, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_weights_that_changed_meanwhile_are_taken_from_the_start(serve, halfstep, tmp_path: Path) -> None:
+def test_weights_that_changed_meanwhile_are_taken_from_the_start(
+    serve: Serve, halfstep: Run, tmp_path: Path
+) -> None:
     serve(service(lambda _: Answer(200, WEIGHTS)))  # the whole, as after an If-Range that does not match
     (tmp_path / f"weights.{SHA256[:16]}.part").write_text("x" * 500)
     assert halfstep("download", ID, "-o", str(tmp_path / "weights")).code == 0
     assert (tmp_path / "weights").read_text() == WEIGHTS
 
 
-def test_what_had_arrived_to_the_last_byte_is_only_verified(serve, halfstep, tmp_path: Path) -> None:
+def test_what_had_arrived_to_the_last_byte_is_only_verified(
+    serve: Serve, halfstep: Run, tmp_path: Path
+) -> None:
     serve(service(lambda _: Answer(416, {"title": "x"})))
     (tmp_path / f"weights.{SHA256[:16]}.part").write_text(WEIGHTS)
     assert halfstep("download", ID, "-o", str(tmp_path / "weights")).code == 0
     assert (tmp_path / "weights").read_text() == WEIGHTS
 
 
-def test_wrong_bytes_become_no_file(serve, halfstep, tmp_path: Path) -> None:
+def test_wrong_bytes_become_no_file(serve: Serve, halfstep: Run, tmp_path: Path) -> None:
     serve(service(lambda _: Answer(200, "x" + WEIGHTS[1:])))
     ran = halfstep("download", ID, "-o", str(tmp_path / "weights"))
     assert ran.code == 1
@@ -127,7 +132,9 @@ def test_wrong_bytes_become_no_file(serve, halfstep, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_that_is_not_there_and_a_place_that_is_not_there(serve, halfstep, tmp_path: Path) -> None:
+def test_a_step_that_is_not_there_and_a_place_that_is_not_there(
+    serve: Serve, halfstep: Run, tmp_path: Path
+) -> None:
     serve(service())
     assert "no checkpoint of step 7" in halfstep("download", ID, "--step", "7").err
     ran = halfstep("download", ID, "-o", str(tmp_path / "no" / "weights"))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from halfstep.service.client import watching
+from tests.cli.conftest import Run, Serve
 from tests.cli.stub import Answer, Asked
 
 ID = "01a208d3-6485-7a26-8d7f-6d81f0290b39"
@@ -27,14 +28,15 @@ def event(seq: int, **fields: Any) -> dict[str, Any]:
 
 def pages(asked: Asked) -> Answer:
     after = dict(asked.query).get("after")
-    found = {
+    found_at: dict[str | None, dict[str, Any]] = {
         None: {"items": [event(1), event(2, actor=None)], "next_after": "b"},
         "b": {"items": [event(3)], "next_after": "c"},
-    }.get(after, {"items": [], "next_after": after})
+    }
+    found = found_at.get(after, {"items": [], "next_after": after})
     return Answer(body=found)
 
 
-def test_every_page_is_shown_until_there_is_no_more(serve, halfstep) -> None:
+def test_every_page_is_shown_until_there_is_no_more(serve: Serve, halfstep: Run) -> None:
     stub = serve(pages)
     ran = halfstep("events", "--type", "state", "--type", "nan")
     assert ran.code == 0
@@ -49,14 +51,14 @@ def test_every_page_is_shown_until_there_is_no_more(serve, halfstep) -> None:
     assert "wait_seconds" not in dict(stub.asked[0].query)
 
 
-def test_json_is_the_services_own_one_event_a_line(serve, halfstep) -> None:
+def test_json_is_the_services_own_one_event_a_line(serve: Serve, halfstep: Run) -> None:
     serve(pages)
     ran = halfstep("events", "--json", "--after", "b")
     assert [json.loads(line) for line in ran.out.splitlines()] == [event(3)]
 
 
 def test_following_waits_and_goes_on_after_the_service_was_away(
-    serve, halfstep, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, halfstep: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "FIRST_RETRY_SECONDS", 0.01)
     answers = iter(

@@ -2,16 +2,18 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tenants import keys
+from tests.cli.conftest import Run
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfstep):
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfstep: Run) -> Iterator[Database]:
     monkeypatch.chdir(tmp_path)  # no `.env` of the checkout
     monkeypatch.setenv("HALFSTEP_DATA_DIR", str(tmp_path / "data"))
     assert halfstep("migrate").code == 0
@@ -25,7 +27,7 @@ def authenticate(database: Database, secret: str) -> keys.ApiKey | None:
         return keys.authenticate(session, secret)
 
 
-def test_the_secret_is_shown_once_and_works_until_it_is_revoked(database: Database, halfstep) -> None:
+def test_the_secret_is_shown_once_and_works_until_it_is_revoked(database: Database, halfstep: Run) -> None:
     made = halfstep("keys", "create", "ci", "--tenant", "vision", "--scope", "read")
     assert made.code == 0
     assert re.fullmatch(r"tk_\S+\n", made.out)
@@ -42,7 +44,7 @@ def test_the_secret_is_shown_once_and_works_until_it_is_revoked(database: Databa
     assert "revoked" in halfstep("keys", "list").out
 
 
-def test_the_default_scopes_do_not_administer(database: Database, halfstep) -> None:
+def test_the_default_scopes_do_not_administer(database: Database, halfstep: Run) -> None:
     made = json.loads(halfstep("keys", "create", "x", "--json").out)
     assert (made["scopes"], made["tenant"], made["expires_at"]) == (["read", "submit"], "default", None)
     key = authenticate(database, made["secret"])
@@ -50,7 +52,7 @@ def test_the_default_scopes_do_not_administer(database: Database, halfstep) -> N
     assert key.id == made["id"]
 
 
-def test_a_key_may_expire(database: Database, halfstep) -> None:
+def test_a_key_may_expire(database: Database, halfstep: Run) -> None:
     made = json.loads(halfstep("keys", "create", "x", "--expires-days", "2", "--json").out)
     key = authenticate(database, made["secret"])
     assert key is not None
@@ -66,19 +68,21 @@ def test_a_key_may_expire(database: Database, halfstep) -> None:
         (("revoke", "nothing"), "no key with an id that starts with 'nothing'"),
     ],
 )
-def test_mistakes_are_named(database: Database, halfstep, arguments: tuple[str, ...], says: str) -> None:
+def test_mistakes_are_named(database: Database, halfstep: Run, arguments: tuple[str, ...], says: str) -> None:
     ran = halfstep("keys", *arguments)
     assert ran.code == 1
     assert says in ran.err
 
 
-def test_an_ambiguous_beginning_revokes_nothing(database: Database, halfstep) -> None:
+def test_an_ambiguous_beginning_revokes_nothing(database: Database, halfstep: Run) -> None:
     made = [json.loads(halfstep("keys", "create", name, "--json").out) for name in ("a", "b")]
     assert "2 keys" in halfstep("keys", "revoke", made[0]["id"][:4]).err
     assert all(authenticate(database, each["secret"]) for each in made)
 
 
-def test_without_a_database_the_next_command_is_named(tmp_path: Path, monkeypatch, halfstep) -> None:
+def test_without_a_database_the_next_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfstep: Run
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HALFSTEP_DATA_DIR", str(tmp_path / "absent"))
     ran = halfstep("keys", "list")
@@ -89,7 +93,7 @@ def test_without_a_database_the_next_command_is_named(tmp_path: Path, monkeypatc
 
 
 def test_migrate_stores_the_first_key_from_a_file_and_a_revoked_one_stays_revoked(
-    database: Database, tmp_path: Path, monkeypatch, halfstep
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfstep: Run
 ) -> None:
     secret = "tk_" + "b2" * 32
     (tmp_path / "key").write_text(secret + "\n")
@@ -115,7 +119,7 @@ def test_migrate_stores_the_first_key_from_a_file_and_a_revoked_one_stays_revoke
     ],
 )
 def test_wrong_settings_are_one_line_that_names_them(
-    monkeypatch, tmp_path, halfstep, name, value, says
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, halfstep: Run, name: str, value: str, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HALFSTEP_DATA_DIR", str(tmp_path))

@@ -1,6 +1,7 @@
 """The live view in a terminal: what one picture of it says."""
 
 import io
+from typing import Any
 
 from rich.console import Console
 
@@ -12,15 +13,19 @@ def terminal(width: int = 100) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, highlight=False)
 
 
-def picture(stats: dict, job: dict, *, away: str = "") -> str:
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def picture(stats: dict[str, Any], job: dict[str, Any], *, away: str = "") -> str:
     console = terminal()
     view = LiveView(console)
     view.show(stats, job)
     if away:
         view.away(away)
     console.print(view)
-    text: str = console.file.getvalue()
-    return text
+    return text_of(console)
 
 
 def test_it_shows_what_a_person_asks_first() -> None:
@@ -87,5 +92,5 @@ def test_plain_lines_come_with_state_changes_and_not_with_every_number() -> None
     view = PlainLines(console)
     for state in ("queued", "running", "running", "running", "succeeded"):
         view.show({**STATS, "state": state}, JOB)
-    states = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    states = [line.split()[1] for line in text_of(console).splitlines()]
     assert states == ["queued", "running", "succeeded"]

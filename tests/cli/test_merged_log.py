@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from halfstep.service.cli.up.merged_log import LONGEST_LINE, LineReader, MergedL
 
 
 class Pipe:
-    def __init__(self, log: MergedLog, **options) -> None:
+    def __init__(self, log: MergedLog, **options: Any) -> None:
         read_end, self.write_end = os.pipe()
         self.reader = LineReader(read_end, "api", log, **options)
 

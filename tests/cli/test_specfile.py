@@ -4,6 +4,7 @@ import datetime as dt
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ SPEC = {"model": {"name": "mlp", "params": {"hidden": [512]}}, "dataset": {"name
 
 
 @pytest.mark.parametrize(("suffix", "dump"), [(".yaml", yaml.safe_dump), (".json", json.dumps)])
-def test_yaml_and_json_give_the_same_document(tmp_path: Path, suffix, dump) -> None:
+def test_yaml_and_json_give_the_same_document(
+    tmp_path: Path, suffix: str, dump: Callable[[object], str]
+) -> None:
     path = tmp_path / f"job{suffix}"
     path.write_text(dump(SPEC), encoding="utf-8")
     assert read_spec(str(path)) == SPEC

@@ -9,7 +9,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,7 @@ CHILD = textwrap.dedent(
 )
 
 
-def part(name: str, manner: str = "good", *, stop_seconds: float = 5.0, **more) -> Part:
+def part(name: str, manner: str = "good", *, stop_seconds: float = 5.0, **more: Any) -> Part:
     command = (sys.executable, "-I", "-S", "-c", CHILD, name, manner)
     return Part(name=name, command=command, stop_seconds=stop_seconds, **more)
 
@@ -128,9 +130,12 @@ def test_a_part_that_is_killed_starts_again_ever_later(monkeypatch: pytest.Monke
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_SECONDS", 0.05)
     run = Run(part("api"), part("worker"))
 
+    def started(lives: int) -> bool:
+        return len(run.pids("worker")) == lives
+
     async def then() -> None:
         for life in (1, 2, 3):
-            await run.until(lambda life=life: len(run.pids("worker")) == life)
+            await run.until(partial(started, life))
             if life < 3:
                 os.kill(run.pids("worker")[-1], signal.SIGKILL)
 

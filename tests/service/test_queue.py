@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import kombu
 import pytest
 import redis
+from kombu.entity import Queue
+from kombu.messaging import Consumer
 
 from halfstep.service.queue import QUEUE, RUN_JOB, broker_reachable, enqueue, make_celery
 from halfstep.service.settings import Settings
@@ -75,12 +76,12 @@ def test_several_are_messages_of_their_own_in_order(tmp_path: Path, redis_url: s
     assert enqueue(Settings(data_dir=tmp_path, broker_url=redis_url), "a", "b", "c")
     read: list[str] = []
     with make_celery(redis_url).connection_for_read() as connection:
-        queue = kombu.Queue(QUEUE, channel=connection)
+        queue = Queue(QUEUE, channel=connection)
 
         def take(body: list[list[str]], _message: object) -> None:
             read.append(body[0][0])
 
-        with kombu.Consumer(connection, queue, callbacks=[take], no_ack=True):
+        with Consumer(connection, queue, callbacks=[take], no_ack=True):
             while len(read) < 3:
                 connection.drain_events(timeout=10)
     assert read == ["a", "b", "c"]
@@ -132,10 +133,8 @@ def test_what_is_no_message_is_dropped_and_the_next_one_read(tmp_path: Path, red
     assert enqueue(Settings(data_dir=tmp_path, broker_url=redis_url), "0195-job")
     read: list[object] = []
     with make_celery(redis_url).connection_for_read() as connection:
-        queue = kombu.Queue(QUEUE, channel=connection)
-        with kombu.Consumer(
-            connection, queue, callbacks=[lambda body, message: read.append(body)], no_ack=True
-        ):
+        queue = Queue(QUEUE, channel=connection)
+        with Consumer(connection, queue, callbacks=[lambda body, message: read.append(body)], no_ack=True):
             while not read:
                 connection.drain_events(timeout=10)
     assert read[0][0] == ["0195-job"]  # type: ignore[index]
