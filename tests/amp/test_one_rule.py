@@ -147,14 +147,14 @@ def test_a_scale_at_a_minimum_that_fp32_rounds_up_is_at_its_minimum() -> None:
     model = Two()
     run = Recorded(
         MixedPrecisionConfig(
-            mode="gradient_scaling", precision_level="fp32", initial_scale=0.1, min_scale=0.1, scale_window=9
+            mode="gradient_scaling", precision_level="fp32", initial_scale=0.1, min_scale=0.1, hysteresis=2
         ),
         model,
         torch.optim.SGD(model.parameters(), lr=0.5),
-        criterion=lambda output, extra: output.sum() + extra,
+        criterion=lambda output, extra: output.sum() * 1e30 + extra,
     )
-    [row] = run.run([(torch.tensor([[math.inf], [1.0]]), torch.tensor(0.0))])
+    [row] = run.run([(torch.tensor([[1e20], [1.0]]), torch.tensor(0.0))])
     assert row.skipped
     assert not row.overflow
     counters = run.trainer.mixed_precision_manager.state_dict()["engine"]["step"]["loss_scale"]["counters"]
-    assert counters[1] == 1, "the hysteresis that was left"
+    assert counters[1] == 2, "the hysteresis that was left"
