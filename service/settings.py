@@ -4,7 +4,6 @@ Secrets may come from files: `HALFSTEP_DATABASE_URL_FILE` names a file whose con
 each setting in `_FROM_FILE`.
 """
 
-import ipaddress
 import os
 import re
 import socket
@@ -16,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+
+from halfstep.service.network import is_loopback
 
 _FROM_FILE = ("DATABASE_URL", "BROKER_URL", "BOOTSTRAP_KEY", "CHECKPOINT_URL")
 
@@ -223,9 +224,4 @@ class Settings(BaseSettings):
     @cached_property
     def loopback_only(self) -> bool:
         """True when the API's address is reachable from this machine alone."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)

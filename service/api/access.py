@@ -5,7 +5,6 @@ as tenant `default` with all scopes. What the database said of a key holds for a
 much later a revoked key, or the first one ever made, takes effect.
 """
 
-import ipaddress
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated, Literal
@@ -18,6 +17,7 @@ from halfstep.service.api.context import Context, context_of
 from halfstep.service.api.requests.known_keys import Caller
 from halfstep.service.contract.actors import Actor, ActorKind
 from halfstep.service.errors import StoreUnavailable
+from halfstep.service.network import is_loopback
 
 Scope = Literal["read", "submit", "admin"]
 NOBODY_IN_PARTICULAR = Caller(
@@ -102,16 +102,6 @@ async def _without_key(request: Request, context: Context) -> Caller:
             "Make a key with `halfstep keys create`.",
         )
     return NOBODY_IN_PARTICULAR
-
-
-def is_loopback(host: str) -> bool:
-    """True for this machine's own addresses and the name `localhost`."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _unauthorized(detail: str) -> ProblemError:

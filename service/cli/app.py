@@ -19,7 +19,7 @@ from halfstep.service.errors import HalfstepError
 # wait for SQLAlchemy and Alembic.
 OWNERS = {
     "halfstep.service.cli.parts": ("up", "api", "worker", "dispatch", "migrate", "restored", "openapi"),
-    "halfstep.service.cli.jobs": ("submit", "jobs", "stats", "watch", "events"),
+    "halfstep.service.cli.jobs": ("submit", "jobs", "stats", "watch", "events", "series"),
     "halfstep.service.cli.control": ("cancel", "pause", "resume", "retry", "checkpoints", "download"),
     "halfstep.service.cli.keys": ("keys",),
     "halfstep.service.cli.health": ("health",),

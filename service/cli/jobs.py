@@ -9,13 +9,24 @@ from rich.text import Text
 
 from halfstep.service.cli.live import view_for
 from halfstep.service.cli.options import AsJson, IdempotencyKey, JobId, Key, Url
-from halfstep.service.cli.render import Terminal, event_line, jobs_table, print_wide, stats_table
+from halfstep.service.cli.render import (
+    Terminal,
+    event_line,
+    jobs_table,
+    number,
+    print_wide,
+    series_table,
+    stats_table,
+)
 from halfstep.service.cli.specfile import read_spec
 from halfstep.service.client.http import Api
 from halfstep.service.client.watching import all_events, follow
 from halfstep.service.contract.events import EventType
 from halfstep.service.contract.states import JobState
 
+SeriesName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="As the list has it: held_out/loss.", show_default=False)
+]
 SpecFile = Annotated[
     str, typer.Argument(metavar="FILE", help="The job as YAML or JSON; - reads standard input.")
 ]
@@ -49,7 +60,7 @@ INTERRUPTED = 130
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    for command in (submit, jobs, stats, watch, events):
+    for command in (submit, jobs, stats, watch, events, series):
         app.command()(command)
 
 
@@ -145,6 +156,29 @@ def events(
                     console.print(event_line(event), soft_wrap=True)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+
+
+def series(
+    job_id: JobId, name: SeriesName = None, url: Url = None, key: Key = None, as_json: AsJson = False
+) -> None:
+    """Show a job's series, such as its held-out loss, or the points of one."""
+    with Api(url, key) as api:
+        job_id = api.resolve(job_id)
+        if name is None:
+            found = api.list_series(job_id)
+            if as_json:
+                print(json.dumps(found.document()))
+            elif found.items:
+                print_wide(series_table(found.items))
+            else:
+                _console().print("no series yet", style="dim")
+            return
+        for page in api.series(job_id, name):
+            if as_json:
+                print(json.dumps(page.document()))
+                continue
+            for step, value in zip(page.columns["step"], page.columns["value"], strict=True):
+                print(f"{step}\t{number(value, 9)}")
 
 
 def _console() -> Terminal:

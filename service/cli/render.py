@@ -1,5 +1,6 @@
 """How things look in the terminal: numbers, tables, the server's problems. No HTTP here."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfstep.service.client.http import ServerRefused
+from halfstep.service.contract.answers import Series
 from halfstep.service.contract.text import shown
 
 STATE_STYLES = {
@@ -57,6 +59,8 @@ def number(value: object, digits: int = 4) -> str:
         return ABSENT
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:.0f}"
     return f"{value:.{digits}g}"
@@ -177,6 +181,17 @@ def jobs_table(items: Sequence[Mapping[str, Any]]) -> Table:
             number(stats.get("overflow_count")),
             created.astimezone().strftime("%m-%d %H:%M:%S") if created else ABSENT,
         )
+    return table
+
+
+def series_table(items: Sequence[Series]) -> Table:
+    """One line a series."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "points", "first step", "last step", "last value"):
+        table.add_column(title, justify="left" if title == "name" else "right", no_wrap=True)
+    for each in items:
+        figures = (each.count, each.first_step, each.last_step, each.last_value)
+        table.add_row(Text(shown(each.name)), *map(number, figures))
     return table
 
 

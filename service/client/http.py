@@ -3,7 +3,6 @@
 Knows the paths and field names of the HTTP contract; prints nothing.
 """
 
-import ipaddress
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,9 @@ from uuid import UUID
 
 import httpx
 
+from halfstep.service.contract.answers import SeriesList, SeriesPage
 from halfstep.service.errors import FieldProblem, HalfstepError
+from halfstep.service.network import is_loopback
 
 PREFIX_SEARCH = 1000  # jobs looked through, newest first, for an id's prefix
 CONNECT_SECONDS = 5.0
@@ -85,7 +86,7 @@ class Api:
             base_url=self.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(15.0, connect=CONNECT_SECONDS, read=15.0 + WAIT_SECONDS),
-            trust_env=not _is_loopback(parts.hostname),  # a proxy cannot reach this machine's own loopback
+            trust_env=not is_loopback(parts.hostname),  # a proxy cannot reach this machine's own loopback
         )
 
     def __enter__(self) -> Self:
@@ -196,6 +197,20 @@ class Api:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
+    def list_series(self, job_id: str) -> SeriesList:
+        """GET /jobs/{id}/series: the names of a job's series."""
+        return SeriesList.of(self._json("GET", f"/jobs/{quote(job_id, safe='')}/series"))
+
+    def series(self, job_id: str, name: str) -> Iterator[SeriesPage]:
+        """GET /jobs/{id}/series/{name}: all points of a series, a page at a time."""
+        path, begin = f"/jobs/{quote(job_id, safe='')}/series/{quote(name)}", 0
+        while True:
+            page = SeriesPage.of(self._json("GET", path, params={"from_step": begin, "limit": 10_000}))
+            yield page
+            if page.next_from_step is None:
+                return
+            begin = page.next_from_step
+
     def resolve(self, prefix: str) -> str:
         """The one job id that starts with `prefix`.
 
@@ -270,15 +285,6 @@ class Api:
 
 def _model(job_id: str, step: int) -> str:
     return f"/jobs/{quote(job_id, safe='')}/checkpoints/{step}/model"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _object(answer: httpx.Response) -> dict[str, Any]:

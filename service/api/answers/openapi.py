@@ -35,6 +35,7 @@ _MEANINGS = {
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "The body is not sent as application/json.",
     HTTPStatus.UNPROCESSABLE_ENTITY: "A wrong value, with its place and the remedy.",
     HTTPStatus.INTERNAL_SERVER_ERROR: "A defect; the log has it under the answer's x-request-id.",
+    HTTPStatus.NOT_IMPLEMENTED: "A later version of the service stored it; upgrade this one.",
     HTTPStatus.SERVICE_UNAVAILABLE: "The database does not answer, or too many wait; see retry-after.",
 }
 

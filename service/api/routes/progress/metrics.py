@@ -37,7 +37,7 @@ router = APIRouter(prefix="/jobs", tags=["progress"], dependencies=[KnownQuery])
                 NDJSON: {"schema": {"type": "string"}, "example": METRICS_NDJSON},
             },
         },
-        **declares(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_ACCEPTABLE),
+        **declares(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_ACCEPTABLE, HTTPStatus.NOT_IMPLEMENTED),
     },
 )
 def get_metrics(

@@ -30,7 +30,7 @@ _IfNoneMatch = Annotated[str | None, Header(description="The etag of the answer 
     responses={
         200: {"description": "The series.", "headers": ETAG_HEADER},
         **_UNCHANGED,
-        **declares(HTTPStatus.NOT_FOUND),
+        **declares(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_IMPLEMENTED),
     },
 )
 def list_series(
@@ -67,7 +67,7 @@ def list_series(
             "headers": ETAG_HEADER,
         },
         **_UNCHANGED,
-        **declares(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_ACCEPTABLE),
+        **declares(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_ACCEPTABLE, HTTPStatus.NOT_IMPLEMENTED),
     },
 )
 def get_series(
