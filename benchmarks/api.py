@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -123,7 +124,7 @@ def _filled(url: str, steps: int) -> Job:
                 raise RuntimeError("the job just submitted could not be claimed")
             jobs.mark_running(s, job.id, job.fence)
         for rows in batches(1, steps, 8192):
-            database.retry(lambda s, rows=rows: record.append(s, job.id, job.fence, rows, LIVE))
+            database.retry(partial(record.append, job_id=job.id, fence=job.fence, rows=rows, live=LIVE))
     finally:
         database.dispose()
     return job
@@ -188,11 +189,14 @@ class _Installation:
         trained = [self.call("POST", "/jobs", TRAINED)[0]["id"] for _ in range(2)]
         with self.worker():
             for job_id in trained:
-                _until(lambda job_id=job_id: self._step(job_id) > 100, "both jobs train")
+                _until(partial(self._is_beyond, job_id, 100), "both jobs train")
             before = [self._step(job_id) for job_id in trained]
             yield
             if not all(self._step(job_id) > step for job_id, step in zip(trained, before, strict=True)):
                 raise RuntimeError("a job stopped training while the API was measured")
+
+    def _is_beyond(self, job_id: str, step: int) -> bool:
+        return self._step(job_id) > step
 
     def _step(self, job_id: str) -> int:
         return int(self.call("GET", f"/jobs/{job_id}/stats")[0]["current_step"])
@@ -232,8 +236,8 @@ def _report(report: Report, at: str, loads: Mapping[str, Asked], rounds: int, se
     for _ in range(rounds):
         for name, asked in loads.items():
             for connections in CONNECTIONS:
-                served = measure(Load(asked.port, asked.request, asked.status, connections, seconds))
-                found[name, connections].append(served)
+                one = measure(Load(asked.port, asked.request, asked.status, connections, seconds))
+                found[name, connections].append(one)
     for (name, connections), served in found.items():
         of = f"{at}/{name}, {connections} connection{'s' * (connections > 1)}"
         report.add(of, [one.per_second for one in served], unit="requests/s", better="higher")

@@ -65,7 +65,7 @@ def figures_of(path: Path) -> dict[str, Figure]:
     """The figures of a file, or of every result in a directory, named by their file."""
     if not path.is_dir():
         return read(path)
-    found = {}
+    found: dict[str, Figure] = {}
     for each in sorted(path.glob("*.json")):
         try:
             figures = read(each)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import make_url, text
@@ -154,7 +155,7 @@ def _append(database: Database, job: Job, first: int, last: int, size: int) -> f
     seconds = 0.0
     for rows in batches(first, last, size):
         began = time.perf_counter()
-        database.retry(lambda s, rows=rows: record.append(s, job.id, job.fence, rows, LIVE))
+        database.retry(partial(record.append, job_id=job.id, fence=job.fence, rows=rows, live=LIVE))
         seconds += time.perf_counter() - began
     return (last - first + 1) / seconds
 
@@ -245,7 +246,14 @@ def _rows(report: Report, kind: str, url: str, steps: int) -> None:
 
 
 def _mlflow(report: Report, python: Path, *, quick: bool) -> None:
-    names = ("loss", "scale", "underflow_estimate", "grad_norm", "learning_rate", "memory_usage")
+    names: tuple[str, ...] = (
+        "loss",
+        "scale",
+        "underflow_estimate",
+        "grad_norm",
+        "learning_rate",
+        "memory_usage",
+    )
     names += ("memory_allocated_bytes", "memory_reserved_bytes", "step_time_ms", "epoch")
     steps = 1_000 if quick else 10_000
     with mlflow.server(python) as server:

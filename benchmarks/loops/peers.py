@@ -175,13 +175,13 @@ class HuggingFace:
         criterion, loader = self.criterion, DataLoader(_Stream(self.batches, named=True), batch_size=None)
 
         class Own(Trainer):
-            def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:  # type: ignore[override]  # fewer outputs
+            def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
                 return criterion(model(inputs["data"]), inputs["target"])
 
             def get_train_dataloader(self) -> Any:
                 return loader
 
-        class Clock(TrainerCallback):  # type: ignore[misc]  # its library is not installed here
+        class Clock(TrainerCallback):
             began = ended = 0.0
 
             def on_log(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:

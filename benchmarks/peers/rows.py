@@ -115,7 +115,7 @@ class PostgresRows:
         self._connection.close()
 
     def _query(self, statement: str) -> list[tuple[Any, ...]]:
-        found = self._connection.execute(statement).fetchall()  # type: ignore[call-overload]  # text of our own
+        found = self._connection.execute(statement).fetchall()
         self._connection.commit()
         return list(found)
 

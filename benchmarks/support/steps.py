@@ -8,6 +8,7 @@ import math
 import random
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 from halfstep.service.contract.metrics import LiveStats, StepMetrics
 
@@ -41,11 +42,11 @@ def _single(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-def _values() -> list[tuple[object, ...]]:
+def _values() -> list[tuple[Any, ...]]:
     draw = random.Random(0)
     scale, good, total = 65536.0, 0, 80 * 2**30
     allocated, reserved = 3 * 2**30, 4 * 2**30
-    rows: list[tuple[object, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     for number in range(PERIOD):
         overflow = draw.random() < 5e-4
         nan = draw.random() < 2e-5

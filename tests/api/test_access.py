@@ -119,7 +119,7 @@ def test_with_a_key_configured_every_path_asks_for_one(
     client: TestClient, new_key: NewKey, authorization: str | None
 ) -> None:
     new_key()
-    headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
+    headers = {} if authorization is None else {b"authorization": authorization.encode("latin-1")}
     for method, path in PATHS:
         answer = client.request(method, path.format(id=NOBODY), headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized"), path

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -77,7 +78,7 @@ def test_every_answer_is_as_documented(served: Served, path: str, method: str, m
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def exchange(case: schemathesis.Case) -> None:
+    def exchange(case: schemathesis.Case[Any]) -> None:
         if mode is GenerationMode.POSITIVE and "job_id" in case.path_parameters:
             case.path_parameters["job_id"] = job_id
         case.call_and_validate(headers=access, excluded_checks=UNFIT)

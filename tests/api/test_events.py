@@ -275,10 +275,12 @@ def test_events_written_while_pages_are_read_are_neither_skipped_nor_repeated(
     client: TestClient, database: Database
 ) -> None:
     job_ids = [submitted(database) for _ in range(3)]
-    writers = [
-        threading.Thread(target=lambda job_id=job_id: [told(database, job_id, str(n)) for n in range(30)])
-        for job_id in job_ids
-    ]
+
+    def tell(job_id: str) -> None:
+        for number in range(30):
+            told(database, job_id, str(number))
+
+    writers = [threading.Thread(target=tell, args=(job_id,)) for job_id in job_ids]
     for writer in writers:
         writer.start()
     collected: list[tuple[str, int]] = []

@@ -59,7 +59,7 @@ def places(document: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[st
 def replaced(document: Any, path: tuple[str | int, ...], value: Any) -> Any:
     if not path:
         return value
-    copy = dict(document) if isinstance(document, dict) else list(document)
+    copy: Any = dict(document) if isinstance(document, dict) else list(document)
     copy[path[0]] = replaced(document[path[0]], path[1:], value)
     return copy
 
@@ -150,7 +150,7 @@ def test_a_valid_spec_with_damaged_bytes(server: TestClient, data: st.DataObject
 def test_arbitrary_queries_and_headers(
     server: TestClient, path: str, query: str, headers: dict[str, str]
 ) -> None:
-    raw = {name: value.encode("latin-1") for name, value in headers.items()}
+    raw = {name.encode("latin-1"): value.encode("latin-1") for name, value in headers.items()}
     answer = server.get(f"{path}?{quote(query, safe='=&%+:')}", headers=raw)
     assert answer.status_code in {200, 404, 406, 422}, answer.text
 

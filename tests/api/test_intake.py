@@ -117,8 +117,7 @@ def test_a_defect_that_one_body_meets_is_not_the_others(
     settings: Settings, database: Database, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfstep.service.api.submitting import intake
-
-    read_spec = intake.read_spec
+    from halfstep.service.api.submitting.document import read_spec
 
     def defective(body: JsonBody) -> Any:
         if body.document.get("name") == "poison":

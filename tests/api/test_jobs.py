@@ -215,7 +215,7 @@ def test_a_commit_whose_answer_was_lost_makes_one_job(
 
 @pytest.mark.parametrize("key", ["a b", "x" * 256, "caf\u00e9"])
 def test_an_unfit_idempotency_key_is_refused(client: TestClient, key: str) -> None:
-    answer = client.post("/jobs", json=SPEC, headers={"idempotency-key": key.encode("latin-1")})
+    answer = client.post("/jobs", json=SPEC, headers={b"idempotency-key": key.encode("latin-1")})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["parameter"] == "idempotency-key"
 

@@ -52,7 +52,8 @@ def test_the_columns_are_those_of_the_contract_with_their_types(
     trainer.steps(job_id, fence, 1, 3, skipped=True)
     columns = client.get(f"/jobs/{job_id}/metrics").json()["columns"]
     assert list(columns) == COLUMNS
-    wanted = dict.fromkeys(COLUMNS, float) | dict.fromkeys(FLAG_COLUMNS, bool)
+    wanted: dict[str, type] = dict.fromkeys(COLUMNS, float)
+    wanted |= dict.fromkeys(FLAG_COLUMNS, bool)
     wanted |= {"step": int, "epoch": int, "compute_dtype": str}
     wanted |= dict.fromkeys(("memory_allocated_bytes", "memory_reserved_bytes"), int)
     assert {name: {type(value) for value in column} for name, column in columns.items()} == {

@@ -41,7 +41,7 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-async def all_end(waits: Sequence["asyncio.Future[None]"]) -> None:
+async def all_end(waits: Sequence["asyncio.Future[Any]"]) -> None:
     """They end by the change, long before their own time is up."""
     _, pending = await asyncio.wait(waits, timeout=5)
     assert not pending

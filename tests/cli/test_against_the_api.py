@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import structlog
@@ -63,7 +64,7 @@ def service(data: Path, database: Database, serve: Serve) -> Iterator[None]:
         def passed_on(asked: Asked) -> Answer:
             headers = {name: asked.headers[name] for name in ("idempotency-key",) if name in asked.headers}
             answer = client.request(
-                asked.method, asked.path, params=asked.query, headers=headers, json=asked.body
+                asked.method, asked.path, params=urlencode(asked.query), headers=headers, json=asked.body
             )
             return Answer(answer.status_code, answer.text, {"content-type": answer.headers["content-type"]})
 

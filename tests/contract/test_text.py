@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -64,11 +65,12 @@ def test_blanks_at_the_ends_are_refused(text: str, told: str) -> None:
 @pytest.mark.parametrize("text", ["row\u009b2J\u0085\u202ename", " name", "\ufeffname"])
 @pytest.mark.parametrize("place", ["name", "tag key", "tag value"])
 def test_a_spec_is_refused_when_new_and_loads_when_stored(text: str, place: str) -> None:
-    document = {
+    documents: dict[str, dict[str, Any]] = {
         "name": {**SPEC, "name": text},
         "tag key": {**SPEC, "tags": {text: "v"}},
         "tag value": {**SPEC, "tags": {"k": text}},
-    }[place]
+    }
+    document = documents[place]
     with pytest.raises(ValidationError, match=r"U\+|blank"):
         JobSpec.model_validate(document)
     stored = JobSpec.stored(document)

@@ -34,7 +34,7 @@ OF_WORKERS = {
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
 
 
-def services(name: str) -> dict[str, dict[str, Any]]:
+def services(name: str) -> Any:
     return yaml.safe_load((DOCKER / name).read_text())["services"]
 
 
@@ -133,7 +133,13 @@ def test_a_job_deleted_by_age_leaves_no_file_in_the_volumes(
     kept.mkdir(parents=True)
     (kept / "model.safetensors").write_bytes(b"weights")
     path = kept.relative_to(worker.data_dir).as_posix()
-    named = {"path": path, "bytes": 7, "sha256": "0" * 64, "manifest_sha256": "0" * 64, "metrics": {}}
+    named: dict[str, Any] = {
+        "path": path,
+        "bytes": 7,
+        "sha256": "0" * 64,
+        "manifest_sha256": "0" * 64,
+        "metrics": {},
+    }
     with database.begin() as s:
         record.append(s, job.id, job.fence, steps(1, 1), LIVE)
         jobs.record_checkpoint(s, job.id, job.fence, step=1, **named)

@@ -56,7 +56,7 @@ def test_hadolint_finds_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
 def test_compose_files_follow_the_compose_schema(path: Path) -> None:
-    command = [TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]
+    command = [str(TOOLS / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
 
@@ -237,7 +237,10 @@ def build(dockerfile: Path, folder: Path) -> Image:
                 ["sh", "-ec", rest], cwd=source, env={**clean, "PATH": path}, check=True, timeout=900
             )
         elif keyword == "ENV":
-            settings.update(item.split("=", 1) for item in rest.split() if item.startswith("HALFSTEP_"))
+            for item in rest.split():
+                if item.startswith("HALFSTEP_"):
+                    name, _, text = item.partition("=")
+                    settings[name] = text
         elif keyword == "ENTRYPOINT":
             entrypoint = json.loads(rest)
         elif keyword == "CMD":

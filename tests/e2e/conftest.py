@@ -42,7 +42,7 @@ def own_redis() -> Iterator[str]:
     server = os.environ.get("HALFSTEP_TEST_REDIS_URL") or LOCAL_SERVER
     client = redis.Redis.from_url(server, socket_connect_timeout=2)
     try:
-        databases = int(client.config_get("databases")["databases"])
+        databases = int(str(client.config_get("databases")["databases"]))
     except redis.RedisError as error:
         client.close()
         reason = f"no Redis: {error}; set HALFSTEP_TEST_REDIS_URL"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,12 @@ def test_a_copy_taken_live_is_restored_and_unfinished_jobs_go_on(
     whole = old.cluster.submit(paced_job("whole", **long) | held | {"max_attempts": 1})
     damaged = old.cluster.submit(paced_job("damaged", **long) | held)
     queued = old.cluster.submit(paced_job("queued", max_steps=60))
+
+    def has_two(job_id: str) -> bool:
+        return len(old.checkpoints(job_id)) >= 2
+
     for job_id in (whole, damaged):
-        wait_for("it has two checkpoints", lambda job_id=job_id: len(old.checkpoints(job_id)) >= 2, 90)
+        wait_for("it has two checkpoints", partial(has_two, job_id), 90)
     define, files, rest = documented("Backup").partition("\ncopy_files\n")
     copy_database, files, nothing = rest.partition("copy_files\n")
     assert nothing == ""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -26,7 +27,7 @@ def serving(tmp_path: Path, postgres_database: str, redis_url: str) -> Iterator[
         made.stop()
 
 
-def post(serving: Cluster, job_id: str, verb: str, status: int = 200, **options: object) -> dict[str, object]:
+def post(serving: Cluster, job_id: str, verb: str, status: int = 200, **options: Any) -> dict[str, object]:
     answer = serving.client.post(f"/jobs/{job_id}/{verb}", **options)
     assert answer.status_code == status, answer.text
     document: dict[str, object] = answer.json()

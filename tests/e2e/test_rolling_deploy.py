@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def registered(cluster: Cluster, name: str) -> bool:
     return name in [worker["name"] for worker in cluster.get("/workers")["items"]]
 
 
+def gone(cluster: Cluster, name: str) -> bool:
+    return not registered(cluster, name)
+
+
 def in_the_middle_of_a_job(cluster: Cluster, worker: str) -> bool:
     found = cluster.get("/jobs", state="running", limit=100)["items"]
     return any(
@@ -197,7 +202,7 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
     tmp_path: Path, cluster: Cluster, client: Client, database: Database
 ) -> None:
     for name in ("one", "two"):
-        wait_for(f"{name} is registered", lambda name=name: registered(cluster, name), 90)
+        wait_for(f"{name} is registered", partial(registered, cluster, name), 90)
     head = revision_of(database)
     revision, later = later_version(tmp_path, head)
     drains = {}
@@ -225,15 +230,15 @@ def test_workers_are_replaced_under_load_with_a_migration_in_between(
         end(cluster, "dispatch")
         cluster.start("dispatch", "halfstep.service.dispatch")
         for name in ("one", "two"):
-            wait_for(f"{name} trains", lambda name=name: in_the_middle_of_a_job(cluster, name), 60)
+            wait_for(f"{name} trains", partial(in_the_middle_of_a_job, cluster, name), 60)
             drains[name] = end(cluster, name)
-            wait_for(f"{name} is gone", lambda name=name: not registered(cluster, name), 30)
+            wait_for(f"{name} is gone", partial(gone, cluster, name), 30)
             cluster.start(name, "halfstep.worker.app", worker_name=f"new-{name}")
-            wait_for(f"new-{name} is registered", lambda name=name: registered(cluster, f"new-{name}"), 90)
+            wait_for(f"new-{name} is registered", partial(registered, cluster, f"new-{name}"), 90)
     told = ", ".join(f"{name} in {seconds:.2f} s" for name, seconds in drains.items())
     print(f"drained: {told}")
 
-    everything = {request.job_id for request in client.history if request.status == 202}
+    everything = {request.job_id for request in client.history if request.status == 202 and request.job_id}
     for job_id in everything:
         cluster.wait(job_id)
     with database.read() as s:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -56,7 +57,7 @@ class Up:
 
 
 @pytest.fixture
-def up(tmp_path: Path):
+def up(tmp_path: Path) -> Iterator[Up]:
     started = Up(tmp_path)
     yield started
     started.close()

@@ -273,8 +273,8 @@ def past_its_first_a_checkpoint_loads(evidence: Evidence) -> Iterable[Finding]:
             steps[change.job_id].add(change.new)
         # Only one of them is ever damaged here; a job that must fail goes back on purpose.
         elif change.kind == "cut" and change.new == 0 and len(steps[change.job_id]) > 1:
-            job = evidence.jobs.get(change.job_id)
-            wanted = evidence.references.get(job.variant) if job is not None else None
+            cut = evidence.jobs.get(change.job_id)
+            wanted = evidence.references.get(cut.variant) if cut is not None else None
             if wanted is not None and wanted.code is None:
                 saved_at = sorted(steps[change.job_id])
                 yield change.job_id, f"began anew although it had checkpoints of the steps {saved_at[-2:]}"

@@ -33,7 +33,8 @@ class Client:
     ) -> tuple[int | None, dict[str, Any]]:
         """One request; the status is None where the connection broke."""
         at = time.time()
-        status, answer, retry_after = None, {}, None
+        answer: dict[str, Any] = {}
+        status, retry_after = None, None
         try:
             response = self._http.request(
                 method, path, json=body, headers={} if key is None else {"Idempotency-Key": key}

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halfstep.service.faultpoints import HITS, VARIABLE
+from halfstep.service.faultpoints import HITS, VARIABLE, reach
 from halfstep.worker.job import reporting
 
 # A file is known by its inode and when it was last written: the inode of a removed file is soon another's.
 Known = tuple[int, int]
 _synced: set[Known] = set()
 _placed: dict[Known, Path] = {}  # files that this process renamed to where they are
-_plain_fsync, _plain_replace, _plain_reach = os.fsync, os.replace, reporting.reach
+_plain_fsync, _plain_replace, _plain_reach = os.fsync, os.replace, reach
 
 
 def _fsync(descriptor: Any) -> None:
@@ -53,6 +53,9 @@ def _reach(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-os.fsync = _fsync
-os.replace = _replace
-reporting.reach = _reach
+for _module, _name, _stand_in in (
+    (os, "fsync", _fsync),
+    (os, "replace", _replace),
+    (reporting, "reach", _reach),
+):
+    setattr(_module, _name, _stand_in)

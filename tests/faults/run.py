@@ -70,7 +70,7 @@ class Result:
         """Steps stored more than once, as a share of the steps that were needed."""
         taken = sum(c.new - c.old for c in self.evidence.changes if c.kind == "steps")
         needed = sum(len(job.columns["step"]) for job in self.evidence.jobs.values())
-        return (taken - needed) / max(1, needed)
+        return float(taken - needed) / max(1, needed)
 
     def must_fail(self) -> dict[str, tuple[int, int]]:
         """Of each variant that must fail: how many jobs there were, and how many failed for its reason."""

@@ -294,7 +294,7 @@ def test_a_job_that_was_cancelled_before_it_went_back_by_itself_has_other_steps(
     first_pass = dataclasses.replace(
         evidence.jobs["b"], variant="nan", columns=columns(2) | {"epoch": [7.0, 7.0]}
     )
-    both = evidence.jobs | {"b": first_pass}
+    both = {**evidence.jobs, "b": first_pass}
     failed = Reference("failed", "non_finite_loss", columns(4), None)
     evidence = dataclasses.replace(
         evidence, jobs=both, references=dict(evidence.references) | {"nan": failed}

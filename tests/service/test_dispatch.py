@@ -35,7 +35,12 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
-    monkeypatch.setattr(loop, "enqueue", lambda _settings, *some: ids.extend(some) or True)
+
+    def send(_settings: Settings, *some: str) -> bool:
+        ids.extend(some)
+        return True
+
+    monkeypatch.setattr(loop, "enqueue", send)
     return ids
 
 
@@ -76,7 +81,12 @@ def test_a_broker_that_is_down_costs_one_try_a_round_and_no_job(
     settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(loop, "enqueue", lambda _settings, job_id: bool(tried.append(job_id)))
+
+    def refuse(_settings: Settings, job_id: str) -> bool:
+        tried.append(job_id)
+        return False
+
+    monkeypatch.setattr(loop, "enqueue", refuse)
     ids = [submit(database), submit(database)]
     age(database, 5, "queued_at", "publish_due")
     dispatch.one_round(settings, database)
@@ -172,8 +182,10 @@ def test_a_store_that_is_away_holds_up_no_disk(
     for job_id in deleted:
         (store.directory / "jobs" / job_id).mkdir(parents=True)
         (settings.data_dir / "jobs" / job_id).mkdir(parents=True)
-        database.retry(lambda s, job_id=job_id: jobs.request_cancel(s, job_id, tenant=None))
-        database.retry(lambda s, job_id=job_id: jobs.delete(s, job_id, tenant=None))
+        with database.begin() as s:
+            jobs.request_cancel(s, job_id, tenant=None)
+        with database.begin() as s:
+            jobs.delete(s, job_id, tenant=None)
     store.fails("rm", None, ConnectionError("refused"))
     dispatch.one_round(settings, database)
     assert not (settings.data_dir / "jobs").exists()

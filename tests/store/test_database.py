@@ -80,7 +80,7 @@ def test_retries_end(database: Database) -> None:
 def test_a_batch_is_stored_once_when_the_answer_to_its_commit_is_lost(database: Database) -> None:
     """The commit takes place, its answer does not arrive, and the whole transaction runs again."""
     job = running(database)
-    lost = []
+    lost: list[Session] = []
 
     def lose_the_answer(session: Session) -> None:
         if not lost:

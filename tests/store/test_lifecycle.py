@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,6 +52,12 @@ def test_every_edge_of_the_table_is_taken_and_every_other_refused(database: Data
 
 # What each function of the store does to a job in each state: the state after it, or the error.
 FINISHES = [state for state in JobState if state.is_terminal or state is JobState.PAUSED]
+
+
+def _finish(state: JobState, s: Session, job: jobs.Job) -> None:
+    jobs.finish(s, job.id, job.fence, state, BROKEN)
+
+
 CALLS: dict[str, Callable[[Session, jobs.Job], Any]] = {
     "cancel": lambda s, job: jobs.request_cancel(s, job.id, tenant="acme"),
     "pause": lambda s, job: jobs.request_pause(s, job.id, tenant="acme"),
@@ -58,10 +65,7 @@ CALLS: dict[str, Callable[[Session, jobs.Job], Any]] = {
     "run": lambda s, job: jobs.mark_running(s, job.id, job.fence),
     "drain": lambda s, job: jobs.release(s, job.id, job.fence, charge_attempt=False, why="drained"),
     "lose": lambda s, job: jobs.release(s, job.id, job.fence, charge_attempt=True, why="lost"),
-    **{
-        f"finish {state}": lambda s, job, state=state: jobs.finish(s, job.id, job.fence, state, BROKEN)
-        for state in FINISHES
-    },
+    **{f"finish {state}": partial(_finish, state) for state in FINISHES},
 }
 
 
@@ -82,7 +86,7 @@ def test_no_call_leaves_the_table(database: Database, call: str) -> None:
 def test_the_database_refuses_what_no_job_can_be(database: Database) -> None:
     """The CHECKs hold whatever writes."""
     job = submitted(database)
-    impossible = [
+    impossible: list[dict[str, Any]] = [
         {"state": "asleep"},
         {"state": "running"},  # held, without a lease
         {"lease_until": 1.0, "worker_id": "w1"},  # queued, with a lease

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfstep.service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS
+from halfstep.service.contract.metrics import FLAG_COLUMNS, METRIC_COLUMNS, StepMetrics
 from halfstep.service.errors import NewerRecord
 from halfstep.service.store import packing
 from halfstep.service.store.record import chunks
@@ -61,7 +61,7 @@ def test_an_integer_beyond_64_bits_is_refused(column: list[int]) -> None:
 @pytest.mark.parametrize("column", [[True, False], [False, True], [True, True], [False, False]])
 def test_flags_come_back_as_booleans(column: list[bool]) -> None:
     rows = [
-        row._replace(**dict.fromkeys(FLAG_COLUMNS, flag))
+        StepMetrics(**{**row._asdict(), **dict.fromkeys(FLAG_COLUMNS, flag)})
         for row, flag in zip(steps(5, 6), column, strict=True)
     ]
     payload = chunks.encode(dict(zip(METRIC_COLUMNS, zip(*rows, strict=True), strict=True)))

@@ -3,8 +3,9 @@
 import base64
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -184,17 +185,28 @@ def test_long_and_short_batches_give_the_same_roll_ups(database: Database) -> No
             )
             jobs.finish(s, job.id, job.fence, JobState.SUCCEEDED, None)
     assert made[0] == made[1]
-    for points, begin in ((500, None), (10, 1000), (100, 12_345), (7, None)):
-        assert_exact(database, job.id, rows, from_step=begin, max_points=points, fields=["loss", "overflow"])
+    windows: list[tuple[int, int | None]] = [(500, None), (10, 1000), (100, 12_345), (7, None)]
+    for points, first in windows:
+        assert_exact(database, job.id, rows, from_step=first, max_points=points, fields=["loss", "overflow"])
+
+
+def counted_readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each chunk or roll-up that is read from now on."""
+    decoded: list[int] = []
+
+    def counted(unpack: Callable[..., Any], *arguments: Any) -> Any:
+        decoded.append(1)
+        return unpack(*arguments)
+
+    for module in (chunks, rollups):
+        monkeypatch.setattr(module, "unpack", partial(counted, module.unpack))
+    return decoded
 
 
 def test_a_plot_reads_as_much_of_a_long_record_as_of_a_short_one(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[int] = []
-    for module in (chunks, rollups):
-        original = module.unpack
-        monkeypatch.setattr(module, "unpack", lambda *given, f=original: decoded.append(1) or f(*given))
+    decoded = counted_readings(monkeypatch)
     with small_grid():
         job = running(database)
         read = []
@@ -214,10 +226,7 @@ def test_a_plot_reads_as_much_of_a_long_record_as_of_a_short_one(
 def test_a_plot_that_begins_inside_a_row_of_entries_reads_that_row(
     database: Database, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
-    decoded: list[int] = []
-    for module in (chunks, rollups):
-        original = module.unpack
-        monkeypatch.setattr(module, "unpack", lambda *given, f=original: decoded.append(1) or f(*given))
+    decoded = counted_readings(monkeypatch)
     with small_grid():
         monkeypatch.setattr(rollups, "ENTRIES", 32)
         job = running(database)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
 from halfstep.service.errors import ConfigurationError
-from halfstep.service.store.sql import schema
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.sql.schema import check_current, migrate
 from halfstep.service.store.tables import metadata
@@ -147,11 +147,11 @@ def test_a_migration_that_fails_leaves_the_schema_as_it_was(
     empty_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def upgrade_then_fail(config: Any, revision: str) -> None:
-        schema.command.stamp(config, revision)
+        command.stamp(config, revision)
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patched:
-        patched.setattr(schema.command, "upgrade", upgrade_then_fail)
+        patched.setattr(command, "upgrade", upgrade_then_fail)
         with pytest.raises(RuntimeError, match="power cut"):
             migrate(empty_url)
     engine = create_engine(empty_url)

@@ -1,6 +1,7 @@
 """Jobs submitted together are each what they would have been alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -15,11 +16,12 @@ from halfstep.service.store.sql.database import Database
 from .making import spec, submitted
 
 
-def new(**changes: object) -> NewJob:
-    options = {
+def new(**changes: Any) -> NewJob:
+    options: dict[str, Any] = {
         name: changes.pop(name) for name in ("idempotency_key", "warnings", "tenant") if name in changes
     }
-    return NewJob(**{"tenant": "acme", "spec": spec(**changes), **options})  # type: ignore[arg-type]
+    options.setdefault("tenant", "acme")
+    return NewJob(spec=spec(**changes), **options)
 
 
 def together(s: Session, *wanted: NewJob) -> list[Submitted]:

@@ -1,6 +1,7 @@
 """Claim order and fit, lost leases, wake-ups, and jobs that nobody can run."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sqlalchemy import update
@@ -68,7 +69,7 @@ def test_a_job_given_back_keeps_its_place(database: Database) -> None:
     ],
 )
 def test_a_worker_gets_only_what_it_can_run(
-    database: Database, wanted: dict[str, object], capability: workers.Capability, fits: bool
+    database: Database, wanted: dict[str, Any], capability: workers.Capability, fits: bool
 ) -> None:
     """The same rule for a claim, for the count that a dry run shows, and for giving a job up."""
     _register(database, capability=capability)
