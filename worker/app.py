@@ -18,7 +18,7 @@ from celery.exceptions import SecurityWarning
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.errors import ConfigurationError, HalfstepError, NotFound, StoreUnavailable
 from halfstep.service.files.storage import storage
 from halfstep.service.logs import configure

@@ -15,7 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.context import Context, context_of
 from halfstep.service.api.requests.known_keys import Caller
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.network import is_loopback
 

@@ -22,7 +22,7 @@ from halfstep.service.cli.up import broker
 from halfstep.service.cli.up.instance import held
 from halfstep.service.cli.up.merged_log import MergedLog
 from halfstep.service.cli.up.supervisor import Part, Supervisor
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.errors import ConfigurationError
 from halfstep.service.files.storage import storage
 from halfstep.service.settings import Settings

@@ -8,7 +8,7 @@ from functools import partial
 
 import structlog
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.dispatch.leases import take_back
 from halfstep.service.dispatch.no_worker import fail_without_worker
 from halfstep.service.dispatch.retention import remove_old

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Table
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.events import Actor
 from halfstep.service.store.sql.database import actor_of
 from halfstep.service.store.sql.upsert import insert_rows
 from halfstep.service.store.tables import job_events

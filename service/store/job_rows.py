@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Row, Select, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.events import Actor
 from halfstep.service.contract.states import LEASED, TRANSITIONS, JobState, ReasonCode, RequestedAction
 from halfstep.service.errors import Conflict, NotFound, StaleFence
 from halfstep.service.store.event_rows import NewEvent, storable, write_events

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfstep.service.api.answers.problems import ProblemError
-from halfstep.service.api.requests.body import MAX_DEPTH, MAX_DIGITS, parse
+from halfstep.service.api.requests.body import parse
+from halfstep.service.contract.documents import MAX_DEPTH, MAX_DIGITS
 from halfstep.service.errors import InvalidRequest
 
 
@@ -26,7 +27,8 @@ def nested(depth: int) -> bytes:
         (b"{'a': 1}", "invalid_json"),
         (b'{"a": 1} x', "invalid_json"),
         (b'{"a": "\x01"}', "invalid_json"),
-        (b"\xef\xbb\xbf{}", "invalid_json"),
+        (b"\xef\xbb\xbf", "empty_body"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "invalid_json"),
         (b'{"a": "\xff"}', "invalid_utf8"),
         (b'{"a": "\xed\xa0\x80"}', "invalid_utf8"),
         (nested(MAX_DEPTH + 1), "too_deep"),

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import update
 from starlette.testclient import TestClient
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.store import events, jobs, outbox
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tables import outbox as outbox_rows

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from halfstep.service import queue
 from halfstep.service.api.requests.body import JsonBody, parse
 from halfstep.service.api.submitting.intake import Intake, Order, Taken
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.errors import InvalidRequest, StoreUnavailable
 from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
@@ -25,7 +25,7 @@ from .conftest import SPEC
 
 def order(key: str | None = None, *, dry_run: bool = False, **changes: Any) -> Order:
     raw = json.dumps({**SPEC, **changes}).encode()
-    body = JsonBody(raw, parse(raw), str(hash(raw)))
+    body = JsonBody(document=parse(raw), digest=str(hash(raw)), earlier_digest="")
     return Order("acme", Actor(ActorKind.LOCAL), body, dry_run=dry_run, idempotency_key=key)
 
 

@@ -1,5 +1,7 @@
 """Submitting, listing, cancelling and deleting jobs."""
 
+import hashlib
+import json
 import re
 import threading
 import uuid
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
@@ -19,6 +22,7 @@ from halfstep.service.settings import Settings
 from halfstep.service.store import jobs
 from halfstep.service.store.fleet import workers
 from halfstep.service.store.sql.database import Database
+from halfstep.service.store.tables import idempotency_keys
 
 from .conftest import CPU, SPEC, Trainer
 
@@ -167,6 +171,39 @@ def test_one_idempotency_key_is_one_job(client: TestClient, sent: list[str]) -> 
     other = client.post("/jobs", json={**SPEC, "name": "other"}, headers=headers)
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
     assert len(client.get("/jobs").json()["items"]) == 1
+
+
+def test_equal_bodies_are_one_body_to_an_idempotency_key(client: TestClient) -> None:
+    headers = {"idempotency-key": "k-2", "content-type": "application/json"}
+    ids = set()
+    for steps, mark in (("1000", ""), ("1e3", ""), ("1000.0", "\ufeff")):
+        text = json.dumps({**SPEC, "training": {"max_steps": "?"}}).replace('"?"', steps)
+        answer = client.post("/jobs", content=(mark + text).encode(), headers=headers)
+        assert answer.status_code == 202
+        assert answer.json()["spec"]["training"]["max_steps"] == 1000
+        ids.add(answer.json()["id"])
+    assert len(ids) == 1
+
+
+def test_a_key_stored_by_an_earlier_version_is_honoured(client: TestClient, database: Database) -> None:
+    """It hashed the document as it was spelt: 2.0 and 2 were two."""
+    body = {**SPEC, "precision": {"initial_scale": 65536.0}}
+    headers = {"idempotency-key": "k-3"}
+    first = client.post("/jobs", json=body, headers=headers).json()
+    spelt = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    with database.begin() as session:
+        session.execute(update(idempotency_keys).values(body_hash=hashlib.sha256(spelt).hexdigest()))
+    assert client.post("/jobs", json=body, headers=headers).json()["id"] == first["id"]
+    body["precision"]["initial_scale"] = 32768.0
+    other = client.post("/jobs", json=body, headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+def test_parameters_are_integers_where_their_schema_says_so(client: TestClient) -> None:
+    body = {**SPEC, "model": {"name": "mlp", "params": {"hidden": [64.0, 1e1]}}}
+    answer = client.post("/jobs", json=body)
+    assert answer.status_code == 202
+    assert repr(answer.json()["spec"]["model"]["params"]["hidden"]) == "[64, 10]"
 
 
 def test_an_idempotency_key_at_once_from_many_is_one_job(client: TestClient, sent: list[str]) -> None:

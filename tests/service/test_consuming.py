@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.dispatch import one_round
 from halfstep.service.dispatch.consuming import Consumer, consume
 from halfstep.service.settings import Settings

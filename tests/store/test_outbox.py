@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 from sqlalchemy import event, text, update
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.errors import StaleFence
 from halfstep.service.store import events, jobs, outbox
 from halfstep.service.store.jobs import NewJob

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.speed import DtypeSpeed
 from halfstep.service.contract.states import ReasonCode

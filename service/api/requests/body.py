@@ -1,15 +1,13 @@
 """Bytes of a request body to a JSON document that every layer below can hold.
 
 A body passes four gates: its size and type (413, 415), being JSON at all (400), and holding only values that
-JSON, SQL and a worker agree on (422 with pointers). What a document *means* is checked in `validation`.
+JSON, SQL and a worker agree on (422 with pointers). What a document *means* is checked in `submitting`.
 """
 
 import asyncio
 import hashlib
+import itertools
 import json
-import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
@@ -20,20 +18,12 @@ from starlette.requests import ClientDisconnect
 
 from halfstep.service.api.answers.problems import ProblemError
 from halfstep.service.api.requests.pointers import pointer
+from halfstep.service.contract import documents
 from halfstep.service.errors import FieldProblem, InvalidRequest
-
-MAX_DEPTH = 32
-MAX_DIGITS = 4300
-"""Digits of an integer literal beyond which it is not read at all (Python's own limit)."""
 
 _MOST_PROBLEMS = 20
 _DRAIN_BYTES = 16 * 1024 * 1024
 _DRAIN_SECONDS = 5.0
-_INTEGERS = range(-(2**63), 2**64)
-
-# A string, closed or not, or a bracket. The closing quote is optional so that an unclosed string is one
-# match: otherwise a body of escaped quotes would be scanned once per quote.
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +31,14 @@ class JsonBody:
     """A body that passed the gates.
 
     Attributes:
-        raw: the bytes as they came.
-        document: what they say; always an object.
-        digest: sha256 of the document in canonical form, whatever its spacing and key order were.
+        document: what it says; always an object.
+        digest: sha256 of the document in canonical form: the same for all documents that are equal.
+        earlier_digest: the one under which earlier versions stored it, which told 3.0 from 3.
     """
 
-    raw: bytes
     document: dict[str, Any]
     digest: str
+    earlier_digest: str
 
 
 async def read_json_body(request: Request, *, limit: int) -> JsonBody:
@@ -61,33 +51,22 @@ async def read_json_body(request: Request, *, limit: int) -> JsonBody:
     _require_json(request)
     raw = await _read(request, limit)
     document = parse(raw)
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
-    return JsonBody(raw=raw, document=document, digest=hashlib.sha256(canonical).hexdigest())
+    spelt = json.dumps(document, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return JsonBody(
+        document=document,
+        digest=hashlib.sha256(documents.canonical(document)).hexdigest(),
+        earlier_digest=hashlib.sha256(spelt).hexdigest(),
+    )
 
 
 def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises as `read_json_body` does."""
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        _not_json(
-            "invalid_utf8", f"The body is not UTF-8: the byte at offset {error.start} starts no character."
-        )
-    if not text.strip():
-        _not_json("empty_body", "The body is empty; send a JSON object.")
-    if _too_deep(text):
-        _not_json("too_deep", f"The body is nested deeper than {MAX_DEPTH} levels; flatten it.")
-    try:
-        document = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        _not_json(
-            "invalid_json", f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}."
-        )
-    problems = []
-    for problem in _screen(document, ()):
-        problems.append(problem)
-        if len(problems) == _MOST_PROBLEMS:
-            break
+        document = documents.loads(raw)
+    except documents.NotADocument as error:
+        _not_json(error.code, f"The body {error.detail}.")
+    found = itertools.islice(documents.unstorable(document), _MOST_PROBLEMS)
+    problems = [FieldProblem(pointer(*path), detail) for path, detail in found]
     if problems:
         raise InvalidRequest("The body holds values that cannot be stored.", problems)
     if not isinstance(document, dict):
@@ -152,77 +131,3 @@ async def _read(request: Request, limit: int) -> bytes:
 
 def _not_json(code: str, detail: str) -> Never:
     raise ProblemError(HTTPStatus.BAD_REQUEST, code, detail)
-
-
-def _too_deep(text: str) -> bool:
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        first = text[match.start()]
-        if first in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                return True
-        elif first != '"':
-            depth -= 1
-    return False
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        _not_json("integer_too_long", f"The body holds an integer of more than {MAX_DIGITS} digits.")
-    return int(digits)
-
-
-class _Repeated:
-    """Stands where an object names the same member twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                members[name] = _Repeated()
-            seen.add(name)
-    return members
-
-
-def _screen(value: Any, path: tuple[str | int, ...]) -> Iterator[FieldProblem]:
-    """Each value that JSON can spell and the layers below cannot hold."""
-    detail = _unstorable(value)
-    if detail is not None:
-        yield FieldProblem(pointer(*path), detail)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if _unstorable_text(name) is None:
-                yield from _screen(item, (*path, name))
-            else:  # such a name cannot be part of a pointer either
-                yield FieldProblem(pointer(*path), f"has a member whose name {_unstorable_text(name)}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _screen(item, (*path, index))
-
-
-def _unstorable(value: Any) -> str | None:
-    match value:
-        case str():
-            return _unstorable_text(value)
-        case float() if not math.isfinite(value):
-            return "must be a finite number that fits a double; use null for no value"
-        case int() if value not in _INTEGERS:
-            return "must be an integer that fits 64 bits"
-        case _Repeated():
-            return "appears more than once in its object; keep one"
-        case _:
-            return None
-
-
-def _unstorable_text(text: str) -> str | None:
-    if "\x00" in text:
-        return "holds a NUL character; remove it"
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        return "holds half of a surrogate pair, which is no character; remove it"
-    return None

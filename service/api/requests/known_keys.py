@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from halfstep.service.api.shared_visits import SharedVisits
-from halfstep.service.contract.actors import Actor, ActorKind
+from halfstep.service.contract.events import Actor, ActorKind
 from halfstep.service.store.sql.database import Database
 from halfstep.service.store.tenants import keys
 

@@ -16,6 +16,7 @@ from referencing import Registry
 
 from halfstep.service.api.requests.pointers import pointer, suggestion
 from halfstep.service.contract.components import COMPONENT_KINDS, DEFAULT_LOSS
+from halfstep.service.contract.documents import with_integers
 from halfstep.service.contract.spec import ComponentRef, JobSpec
 from halfstep.service.errors import FieldProblem
 from halfstep.service.store.fleet.components import ComponentInfo
@@ -101,9 +102,14 @@ def _with_default_params(kind: str, reference: ComponentRef, component: Componen
         for name, schema in properties.items()
         if isinstance(schema, dict) and "default" in schema and name not in reference.params
     }
+    try:
+        params = with_integers(reference.params, component.schema)
+    except Exception:  # noqa: BLE001  # a schema that is not ours, as in _check_params, which tells of it
+        params = reference.params
+    reference = reference.model_copy(update={"params": params})
     if not defaults:
         return reference
-    filled = reference.model_copy(update={"params": {**reference.params, **defaults}})
+    filled = reference.model_copy(update={"params": {**params, **defaults}})
     # Defaults that exclude each other are the component's to choose from.
     return reference if _check_params(kind, filled, component) else filled
 

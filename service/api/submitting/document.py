@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from halfstep.service.api.requests.body import JsonBody
 from halfstep.service.api.requests.pointers import locate, pointer, suggestion
+from halfstep.service.contract.documents import read
 from halfstep.service.contract.precision import SUPPORTED_MODES, MixedPrecisionMode
 from halfstep.service.contract.spec import JobSpec, RetryRequest
 from halfstep.service.errors import FieldProblem, InvalidRequest
@@ -27,7 +28,7 @@ _SUBJECT = re.compile(
 
 
 def read_spec(body: JsonBody) -> JobSpec:
-    """The JobSpec that `body` describes, under JSON's own types: no string is a number, no 1.0 a count.
+    """The JobSpec that `body` describes, under JSON's own types: no string is a number, 3.0 is a count.
 
     Raises:
         InvalidRequest: with a pointer and a remedy for each wrong place.
@@ -35,7 +36,7 @@ def read_spec(body: JsonBody) -> JobSpec:
     problems = _unsupported_mode(body.document)
     spec = None
     try:
-        spec = JobSpec.model_validate_json(body.raw, strict=True)
+        spec = read(JobSpec, body.document)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[:_MOST_PROBLEMS]
         problems += [_field_problem(JobSpec, body.document, **_known_parts(one)) for one in found]
@@ -51,7 +52,7 @@ def read_retry(body: JsonBody) -> RetryRequest:
         InvalidRequest: as `read_spec`.
     """
     try:
-        return RetryRequest.model_validate_json(body.raw, strict=True)
+        return read(RetryRequest, body.document)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[:_MOST_PROBLEMS]
         problems = [_field_problem(RetryRequest, body.document, **_known_parts(one)) for one in found]

@@ -17,8 +17,8 @@ from halfstep.service.api.requests.body import JsonBody
 from halfstep.service.api.shared_visits import SharedVisits
 from halfstep.service.api.submitting.document import read_spec
 from halfstep.service.api.submitting.fleet import Catalogues, Fleet, Submission, prepare
-from halfstep.service.contract.actors import Actor
 from halfstep.service.contract.answers import DryRun
+from halfstep.service.contract.events import Actor
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.faultpoints import reach
 from halfstep.service.queue import wake_worker
@@ -149,6 +149,7 @@ def _new_job(order: Order, submission: Submission) -> jobs.NewJob:
         spec=submission.spec,
         idempotency_key=order.idempotency_key,
         body_hash=order.body.digest,
+        earlier_body_hash=order.body.earlier_digest,
         warnings=submission.warnings,
         actor=order.actor,
     )

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from halfstep.service.contract.actors import ActorKind
 from halfstep.service.contract.answers.examples import (
     EVENTS,
     STREAM_END,
@@ -14,7 +13,7 @@ from halfstep.service.contract.answers.examples import (
 )
 from halfstep.service.contract.answers.jobs import Reason
 from halfstep.service.contract.answers.values import Answer, Cell, JobId, Open, Timestamp, with_example
-from halfstep.service.contract.events import EventType
+from halfstep.service.contract.events import ActorKind, EventType
 from halfstep.service.contract.states import JobState
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Table, select, tuple_
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.events import Actor
 from halfstep.service.contract.precision import PrecisionLevel
 from halfstep.service.contract.spec import JobSpec
 from halfstep.service.contract.states import JobState
@@ -52,6 +52,7 @@ class NewJob:
         job_id: drawn once, so that a repeat after an unknown commit creates nothing.
         idempotency_key: with the same `body_hash` it gives the job that is there.
         body_hash: of what the client sent; default: the spec's own.
+        earlier_body_hash: the one that an earlier version may have stored for the same body.
         parent_id: the job that it retries; with `from_checkpoint` from that step.
         fence: its fences go on after this one.
         why: the reason of its first transition.
@@ -64,6 +65,7 @@ class NewJob:
     job_id: str = field(default_factory=new_job_id)
     idempotency_key: str | None = None
     body_hash: str | None = None
+    earlier_body_hash: str | None = None
     parent_id: str | None = None
     from_checkpoint: int | None = None
     fence: int = 0
@@ -194,7 +196,8 @@ def _take_keys(s: Session, wanted: Sequence[NewJob], now: float) -> dict[str, st
         if key in taken and new is firsts[key]:
             continue
         job_id, body_hash = holders[key]
-        without[new.job_id] = job_id if body_hash == _body_hash(new) else _other_body()
+        same = body_hash in (_body_hash(new), new.earlier_body_hash)
+        without[new.job_id] = job_id if same else _other_body()
     return without
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.events import Actor
 from halfstep.service.store.job_rows import AnyRow
 from halfstep.service.store.sql.tenancy import of_tenant
 from halfstep.service.store.tables import job_events, outbox

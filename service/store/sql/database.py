@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from halfstep.service.contract.actors import Actor
+from halfstep.service.contract.events import Actor
 from halfstep.service.errors import StoreUnavailable
 from halfstep.service.settings import Settings
 
