@@ -26,6 +26,8 @@ PATHS = (
     ("GET", "/jobs"),
     ("GET", "/jobs/{id}"),
     ("GET", "/jobs/{id}/stats"),
+    ("GET", "/jobs/{id}/series"),
+    ("GET", "/jobs/{id}/series/held_out/loss"),
     ("GET", "/jobs/{id}/metrics"),
     ("GET", "/jobs/{id}/events"),
     ("GET", "/events"),
@@ -72,7 +74,10 @@ def anywhere(settings: Settings, database: Database, sent: list[str]) -> Iterato
 def test_every_path_is_covered_here(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     routed = {
-        (method.upper(), path.replace("{job_id}", "{id}").replace("{step}", "1"))
+        (
+            method.upper(),
+            path.replace("{job_id}", "{id}").replace("{step}", "1").replace("{name}", "held_out/loss"),
+        )
         for path, methods in document["paths"].items()
         for method in methods
         if method != "head"  # the same function as GET; its answer has no body to look at

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,9 +43,15 @@ def run(python: Path, *arguments: str | Path, cwd: Path) -> "subprocess.Complete
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    # Built in a copy: in the tree itself, setuptools would pack what an earlier build has left in build/.
+    folder, tree = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    for name in ("src", *OLD_NAMES):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     built = run(
-        Path(sys.executable), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT, cwd=folder
+        Path(sys.executable), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, tree, cwd=folder
     )
     assert built.returncode == 0, built.stderr
     [found] = folder.glob("*.whl")
