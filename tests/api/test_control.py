@@ -151,7 +151,7 @@ def test_a_retry_with_a_key(client: TestClient, submit: Submit, trainer: Trainer
         ({"from_checkpoint": 7}, "/from_checkpoint", "those of the steps 6"),
         ({"from_checkpoint": 0}, "/from_checkpoint", "greater than or equal to 1"),
         ({"from_checkpoint": "6"}, "/from_checkpoint", "integer"),
-        ({"from_checkpoint": 6.0}, "/from_checkpoint", "integer"),
+        ({"from_checkpoint": 6.5}, "/from_checkpoint", "integer"),
         ({"from_checkpoint": True}, "/from_checkpoint", "integer"),
         ({"from_step": 6}, "/from_step", "'from_checkpoint'"),
         ([6], "", "object"),

@@ -107,6 +107,11 @@ def _refused(_ask: Ask, answer: Answer) -> bool:
 
 NOT_HEAD = "(?!HEAD)[A-Z]+ "
 ALL_METHODS = "Allow names what the whole path takes, not one of its routes (RFC 9110, 10.2.1)."
+_EMPTY_SPEC = (
+    '{"type":"about:blank","title":"Unprocessable Entity","status":422,'
+    '"detail":"The job\'s specification is not valid.","instance":"/jobs","code":"invalid_request",'
+    '"errors":[{"pointer":"/model","detail":"is required"},{"pointer":"/dataset","detail":"is required"}]}'
+)
 
 INTENDED: list[Difference] = [
     Difference(
@@ -143,5 +148,12 @@ INTENDED: list[Difference] = [
         why="The command line refuses an impossible key by the same pattern, and has no other limit.",
         where=lambda ask, answer: "idempotency-key" in ask.headers and "should match pattern" in answer.body,
         changes=(text(r"\\x7e\]\+\$", r"\\x7e]{1,255}$"),),
+    ),
+    Difference(
+        request="POST /jobs",
+        what="a byte order mark before a body is passed over",
+        why="The document is judged, where a Python programmer's advice about an encoding was given.",
+        where=lambda _ask, answer: "Unexpected UTF-8 BOM" in answer.body,
+        changes=(status(422), body(_EMPTY_SPEC)),
     ),
 ]
