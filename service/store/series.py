@@ -5,6 +5,7 @@ deleted job. A series shows no step that the record does not have. The job's eva
 those that were told before there were series are read from the job's events.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,8 @@ def read(
 def _in_buckets(steps: Sequence[int], values: Sequence[float], max_points: int) -> SeriesPage:
     width = max(1, -(-len(steps) // max_points))
     cuts = [(begin, min(begin + width, len(steps))) for begin in range(0, len(steps), width)]
-    numbers = [[each for each in values[i:j] if each == each] or values[i:j] for i, j in cuts]  # noqa: PLR0124  # NaN alone differs from itself
+    parts = [values[begin:end] for begin, end in cuts]
+    numbers = [[each for each in part if not math.isnan(each)] or part for part in parts]
     columns: dict[str, list[Any]] = {
         "step": [steps[j - 1] for _, j in cuts],
         "value": [values[j - 1] for _, j in cuts],
